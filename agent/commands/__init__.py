@@ -1,0 +1,1 @@
+"""One table of commands, and the local socket that takes them."""

@@ -1,0 +1,1 @@
+"""Child processes that hold a model, and the channel to them."""

@@ -1,0 +1,1 @@
+"""How an image gets onto the host: references, registries, the store, the puller, unpacking."""

@@ -1,0 +1,1 @@
+"""The MQTT link: desired and reported state, events, commands."""

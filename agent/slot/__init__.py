@@ -1,0 +1,1 @@
+"""The slot: who answers, and how a model gets in."""
