@@ -159,6 +159,24 @@ class RegistryError(SlotdError):
     code, grpc, http, exit = "REGISTRY", "UNAVAILABLE", 502, 69
 
 
+class RegistryDenied(RegistryError):
+    """The registry wants other credentials; asking again cannot help."""
+
+    code, grpc, exit = "REGISTRY_DENIED", "FAILED_PRECONDITION", 77
+
+
+class RegistryRefused(RegistryError):
+    """The registry, or the way to it, will not serve this however often it is asked."""
+
+    code, grpc = "REGISTRY_REFUSED", "FAILED_PRECONDITION"
+
+
+class PullerDied(SlotdError):
+    """The child process that fetches and unpacks images ended before its work was done; worth trying again."""
+
+    code, grpc, http, exit = "PULLER_DIED", "UNAVAILABLE", 503, 69
+
+
 class StorageError(SlotdError):
     """The disk is full, read-only or broken."""
 
