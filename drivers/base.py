@@ -22,7 +22,7 @@ class DriverError(Exception):
     """A slot that does not do what it should.
 
     `code` is one of PROGRAM_FAILED, PROGRAM_TIMEOUT, WRONG_ACCELERATOR, INCOMPATIBLE_BITSTREAM, DEVICE_BUSY,
-    DEVICE_ABSENT, DEVICE_HUNG, DEVICE_STUCK, NO_RUNTIME, OVER_TEMPERATURE.
+    DEVICE_ABSENT, DEVICE_HUNG, DEVICE_STUCK, NO_RUNTIME, OVER_TEMPERATURE, or SLOT_FAILED for anything else.
     """
 
     def __init__(self, code: str, message: str, *, hint: str | None = None) -> None:
