@@ -1,0 +1,208 @@
+"""Where a request is parsed: here if that takes well under a millisecond or two, else in a child process.
+
+protobuf holds Python's lock while it parses, so a thread would not keep the loop free: 4 MB of empty strings stop it
+for 60 ms, 32 MiB of them for half a second.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import structlog
+
+from agent.errors import Overloaded, Unavailable
+from agent.serving import handover
+from agent.serving.tensorproto import Parsed, TooLarge, read_request
+
+log = structlog.get_logger(__name__)
+
+SMALL = 64 << 10
+"""Bytes that are parsed here whatever they hold; at worst (32,000 map entries) it takes 2 ms."""
+LARGE = 4 << 20
+"""Bytes from which on a message, or the tensors it stands for, are made in the child."""
+TIMEOUT = 10.0
+"""Seconds that the child may take for one message."""
+
+
+_RECORD_COST = 64
+_BUDGET = 128 << 10
+# Field numbers by what they hold; the rest is copied as it is.
+_NESTED = {"request": {2: "entry"}, "entry": {2: "tensor"}, "tensor": {}}
+_COSTLY = {"request": {1: 4}, "entry": {}, "tensor": {2: 4, 7: 1, 10: 1, 11: 1, 13: 1, 16: 1, 17: 1}}
+
+
+class Parser:
+    """Parses PredictRequests without stopping the loop. `most`: bytes that the tensors of one request may take."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._child = _Child(most)
+        # One thread: it owns the child, and messages take turns in it.
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="parse")
+
+    async def start(self) -> None:
+        """Start the child, so that the first large message need not wait for it."""
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._child.start)
+
+    async def parse(self, data: bytes) -> Parsed:
+        """The request in `data`. Raises InvalidInput, Overloaded, Unavailable."""
+        if len(data) <= LARGE and (len(data) <= SMALL or is_light(data)):
+            try:
+                return read_request(data, most=min(self._most, LARGE))
+            except TooLarge:
+                if self._most <= LARGE:
+                    raise
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._child.parse, data)
+
+    async def close(self) -> None:
+        """End the child; a message in it is given up."""
+        self._child.stop()
+        await asyncio.to_thread(self._thread.shutdown, wait=True, cancel_futures=True)
+        await asyncio.to_thread(self._child.reap)
+
+
+def is_light(data: bytes) -> bool:
+    """Whether a PredictRequest has few enough parts to be parsed at once.
+
+    Only counts: nothing is taken from what it walks over, so that a message it reads otherwise than protobuf does is
+    at worst parsed in the wrong place. Bounded itself: 2,048 records, ten bytes for a varint.
+    """
+    try:
+        return _cost(data, 0, len(data), "request", 0) <= _BUDGET
+    except (IndexError, ValueError):
+        return False  # malformed, or groups: the child says what is wrong
+
+
+def _cost(data: bytes, at: int, end: int, kind: str, cost: int) -> int:
+    nested, costly = _NESTED[kind], _COSTLY[kind]
+    while at < end and cost <= _BUDGET:
+        cost += _RECORD_COST
+        tag, at = _varint(data, at)
+        wire = tag & 7
+        if wire == 2:
+            size, at = _varint(data, at)
+            if size > end - at:
+                raise ValueError("a length beyond its parent")
+            if tag >> 3 in nested:
+                cost = _cost(data, at, at + size, nested[tag >> 3], cost)
+            cost += size * costly.get(tag >> 3, 0)
+            at += size
+        elif wire == 0:
+            at = _varint(data, at)[1]
+        elif wire in (1, 5):
+            at += 8 if wire == 1 else 4
+        else:
+            raise ValueError("a group")
+    return cost
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+    raise ValueError("a varint of more than ten bytes")
+
+
+# --- the child -------------------------------------------------------------------------------------------------------
+
+
+class _Child:
+    """The process that parses, as its thread sees it; every method but `stop` blocks."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._socket: socket.socket | None = None
+        self._stopped = False
+
+    def start(self) -> socket.socket:
+        """The socket to a running child. Raises Unavailable if there is to be none any more."""
+        if self._socket is not None:
+            return self._socket
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.settimeout(TIMEOUT)
+        with theirs, self._lock:
+            if self._stopped:
+                ours.close()
+                raise Unavailable("slotd is stopping")
+            argv = (sys.executable, "-I", "-m", "agent.serving.parse_child", str(theirs.fileno()), str(self._most))
+            environment = {"PATH": os.defpath, "OPENBLAS_NUM_THREADS": "1", "LANG": "C.UTF-8"}
+            try:
+                self._process = subprocess.Popen(
+                    argv, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, env=environment, cwd="/"
+                )
+            except OSError:
+                ours.close()
+                raise
+            self._socket = ours
+        return ours
+
+    def parse(self, data: bytes) -> Parsed:
+        """The request in `data`, from the child."""
+        try:
+            channel = self.start()
+            with _Descriptor(os.memfd_create("request", os.MFD_CLOEXEC)) as request:
+                handover.write_all(request, data, 0)
+                socket.send_fds(channel, [handover.RECORD.pack(0, len(data))], [request])
+            answer, descriptors, _, _ = socket.recv_fds(channel, handover.RECORD.size, 1)
+        except OSError as error:  # includes the time-out
+            log.warning("parse_child_lost", error=str(error), bytes=len(data))
+            self._give_up()
+            raise _lost() from error
+        if len(descriptors) != 1:
+            log.warning("parse_child_died", bytes=len(data), exit=self._give_up())
+            raise _lost()
+        with _Descriptor(descriptors[0]) as reply:
+            return handover.read(reply, answer)
+
+    def stop(self) -> None:
+        """No more children; the thread that waits for one wakes up."""
+        with self._lock:
+            self._stopped = True
+            if self._process is not None:
+                self._process.kill()
+
+    def reap(self) -> None:
+        """After `stop` and the thread's end."""
+        self._give_up()
+
+    def _give_up(self) -> int | None:
+        """End this child; the next message gets another one. Its exit status."""
+        with self._lock:
+            process, channel, self._process, self._socket = self._process, self._socket, None, None
+        if channel is not None:
+            channel.close()
+        if process is None:
+            return None
+        process.kill()
+        return process.wait()
+
+
+class _Descriptor:
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    def __enter__(self) -> int:
+        return self._number
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._number)
+
+
+def _lost() -> Overloaded:
+    return Overloaded(
+        "the request could not be parsed within the memory and the time that it may take",
+        field="request",
+        hint="send fewer or larger tensors",
+    )
