@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 from pathlib import Path
@@ -209,6 +210,23 @@ class Config(Section):
     images: ImagesConfig = ImagesConfig()
     link: LinkConfig = LinkConfig()
     log: LogConfig = LogConfig()
+
+    @property
+    def driver_options(self) -> dict[str, Any]:
+        """What the driver is made with: its options, and for a simulated slot the folder where its card lives."""
+        if self.slot.driver == "simulated":
+            return {"device": str(self.state_dir / "simulated-slot"), **self.slot.options}
+        return dict(self.slot.options)
+
+    @property
+    def threads(self) -> int:
+        """Threads of one executor."""
+        return self.executor.threads or os.cpu_count() or 1
+
+    @property
+    def decoder_count(self) -> int:
+        """Processes that decode pictures."""
+        return self.executor.decoders or max(1, (os.cpu_count() or 1) - 1)
 
     @model_validator(mode="after")
     def _honest(self) -> Config:

@@ -1,0 +1,323 @@
+"""The daemon: the only place where the parts are put together, started and stopped, in this order.
+
+lock · boot.json · journal · the committed model on the CPU · servers · READY · link · the slot · what was cut off
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+import uuid
+from collections.abc import Callable, Coroutine
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from agent import __version__
+from agent.commands.admin import AdminServer
+from agent.commands.builtin import build_table
+from agent.config import Config
+from agent.errors import InvalidConfig, SlotdError
+from agent.health.issues import Issues
+from agent.host import SlotHost
+from agent.images.source import ImageSource
+from agent.journal.boot import BootRecord, read_boot
+from agent.journal.database import Journal
+from agent.journal.lock import take_lock
+from agent.journal.outbox import Outbox
+from agent.link.mqtt import Link
+from agent.service import Watchdog, notify_ready, notify_status, notify_stopping
+from agent.serving.dataplane import Dataplane
+from agent.serving.listen import GrpcServer
+from agent.serving.trials import Trials
+from agent.slot.admission import Admission
+from agent.slot.arbiter import Arbiter, Continuity
+from agent.slot.deployment import Deployments
+from agent.slot.installer import Installer
+from agent.slot.recovery import Recovery
+from agent.slot.residents import Residents
+from drivers import make
+
+log = structlog.get_logger(__name__)
+
+STOP_BOUND = 30.0
+"""Seconds after which a stop that has not ended is ended all the same."""
+HEALTH_EVERY = 5.0
+
+
+class Tasks:
+    """Owns the background tasks: one that fails ends the daemon, with its error."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        """Starts it."""
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        log.error("background_task_failed", task=task.get_name(), exc_info=error)
+        if not self.failed.done():
+            self.failed.set_exception(error)
+
+    async def close(self) -> None:
+        """Ends them all."""
+        tasks = tuple(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self.failed.done():
+            self.failed.exception()  # whoever wanted to know has asked
+
+
+class Teller:
+    """Events from anywhere, into the outbox, in order, without making anybody wait for the disk."""
+
+    def __init__(self, outbox: Outbox) -> None:
+        self._outbox = outbox
+        self._queue: asyncio.Queue[tuple[str, dict[str, Any]]] = asyncio.Queue()
+
+    def tell(self, kind: str, document: dict[str, Any]) -> None:
+        """An event for the fleet."""
+        self._queue.put_nowait((kind, document))
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            kind, document = await self._queue.get()
+            try:
+                await self._outbox.append(kind, document)
+            except SlotdError as error:
+                log.error("event_lost", kind=kind, error=str(error))
+            finally:
+                self._queue.task_done()
+
+    async def flush(self, timeout: float) -> None:
+        """Waits until all of them are stored."""
+        try:
+            async with asyncio.timeout(timeout):
+                await self._queue.join()
+        except TimeoutError:
+            log.warning("events_not_stored", count=self._queue.qsize())
+
+
+class Daemon:
+    """One slotd. `run` returns the exit code."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.boot_id = _boot_id()
+        self.stop_asked = asyncio.Event()
+        self.ready = asyncio.Event()
+        self.host: SlotHost | None = None
+
+    async def run(self) -> int:
+        """Until SIGTERM or a fault. Raises InvalidConfig, Conflict, StorageError before anything is served."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._signalled)
+        async with AsyncExitStack() as stack:
+            tasks = await self._start(stack)
+            waits = [asyncio.ensure_future(self.stop_asked.wait()), tasks.failed]
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            waits[0].cancel()
+            fault = tasks.failed.exception() if tasks.failed.done() else None
+            notify_stopping()
+            log.info("stopping", fault=str(fault) if fault else None)
+            bound = loop.call_later(STOP_BOUND, _too_long)
+            stack.callback(bound.cancel)
+        log.info("stopped")
+        return 0 if fault is None else 70
+
+    async def _start(self, stack: AsyncExitStack) -> Tasks:
+        """Starts everything; what is pushed on `stack` is the order of the stop, last first."""
+        config = self.config
+        await asyncio.to_thread(_make_folders, config)
+        lock = take_lock(config.state_dir / "slotd.lock")
+        stack.callback(lock.release)
+
+        issues = Issues()
+        boot = await self._read_boot(issues)
+        journal = await Journal.open(config.state_dir, self.boot_id)
+        stack.push_async_callback(journal.close)
+        for reason in filter(None, (journal.put_aside, journal.degraded)):
+            issues.raise_("journal", "warning", str(reason), "events and history may be missing; the host serves")
+        outbox = Outbox(journal, max_events=config.link.outbox_events)
+        teller = Teller(outbox)
+        tasks = Tasks()
+        stack.push_async_callback(tasks.close)
+        tasks.spawn(teller.run(), "teller")
+        stack.push_async_callback(teller.flush, 2.0)
+        issues.on_event = teller.tell
+
+        try:
+            driver = make(config.slot.driver, config.driver_options)
+        except ValueError as error:
+            raise InvalidConfig(str(error), field="slot.driver") from None
+
+        arbiter = Arbiter(continuity=Continuity(config.swap.continuity))
+        admission = Admission(max_queue=config.serving.max_queue, max_wait=config.serving.max_wait)
+        dataplane = Dataplane(arbiter, admission, config.serving)
+        residents = Residents(config, arbiter, dataplane, tasks.spawn)
+        stack.push_async_callback(residents.close)
+        trials = Trials(residents.spawn_disposable, residents.discard_disposable, memory=config.serving.poison_memory)
+        dataplane.retrier = trials
+        stack.push_async_callback(trials.close)
+        installer = Installer(config, driver, arbiter, dataplane, journal, self.boot_id)
+        stack.push_async_callback(installer.close)
+        recovery = Recovery(config, arbiter, installer, residents, dataplane, teller.tell)
+        installer.on_death.append(lambda _seat, _error: recovery.wake(now=False))
+        dataplane.on_trouble(recovery.doubt)
+        images = ImageSource(config)
+        await images.open()
+        deployments = Deployments(
+            config,
+            config.state_dir,
+            boot,
+            arbiter,
+            dataplane,
+            residents,
+            installer,
+            recovery,
+            trials,
+            images,
+            journal,
+            teller.tell,
+            self.boot_id,
+        )
+        await deployments.open()
+        host = self.host = SlotHost(
+            config, self.boot_id, arbiter, dataplane, installer, recovery, deployments, issues.list
+        )
+        table = build_table(host)
+
+        await self._load_committed(boot, images, residents, arbiter, issues)
+
+        server = GrpcServer(config.serving, config.run_dir, dataplane)
+        admin = AdminServer(config.run_dir / "admin.sock", table, host)
+        host.listen = await server.start()
+        stack.push_async_callback(server.stop, config.serving.grace)
+        await admin.start()
+        stack.push_async_callback(admin.close)
+        stack.push_async_callback(deployments.stop)
+        stack.push_async_callback(server.lame_duck)
+        link = Link(config, table, host, journal, outbox, issues, self.boot_id)
+        arbiter.on_change = _both(dataplane.changed, link.changed)
+        if config.link.enabled:
+            host.link = link
+            tasks.spawn(link.run(), "link")
+            stack.push_async_callback(link.close, 3.0)
+
+        notify_ready()
+        tasks.spawn(Watchdog().run(), "watchdog")
+        tasks.spawn(self._sample(host, issues, link), "samples")
+        tasks.spawn(recovery.run(), "recovery")
+        log.info("ready", version=__version__, listen=host.listen, host=arbiter.host.value, pid=lock.pid)
+        self.ready.set()
+        recovery.wake()
+        tasks.spawn(deployments.resume(), "resume")
+        return tasks
+
+    async def _read_boot(self, issues: Issues) -> BootRecord:
+        try:
+            boot = await asyncio.to_thread(read_boot, self.config.state_dir)
+        except SlotdError as error:
+            issues.raise_("boot-record", "critical", str(error), error.hint or "deploy the model again")
+            return BootRecord(0, None, None)
+        if boot.repaired:
+            issues.raise_(
+                "boot-record", "warning", "boot.json was damaged; its last good copy is used", "check the disk"
+            )
+        return boot
+
+    async def _load_committed(
+        self, boot: BootRecord, images: ImageSource, residents: Residents, arbiter: Arbiter, issues: Issues
+    ) -> None:
+        """The committed model's bridge. A model that cannot be loaded leaves the host dark, not down."""
+        ref = boot.committed
+        if ref is None:
+            return
+        arbiter.committed = ref.digest
+        try:
+            model = await images.model(ref.digest, ref.reference)
+            await residents.admit(model)
+        except SlotdError as error:
+            arbiter.trouble = error
+            issues.raise_("committed-model", "critical", f"{ref.name}: {error}", error.hint or "deploy the model again")
+            log.error("committed_model_unusable", digest=ref.digest, error=str(error))
+
+    async def _sample(self, host: SlotHost, issues: Issues, link: Link) -> None:
+        """The slot's sensors, and what the state means for the operator."""
+        while True:
+            host.health = await host.installer.read_health()
+            state = host.arbiter.host.value
+            text = f"{state}: {host.deployments.boot.committed.name if host.deployments.boot.committed else 'no model'}"
+            running = host.deployments.running
+            notify_status(f"{text}, {running.phase} {running.name or ''}" if running else text)
+            if host.health.tripped:
+                issues.raise_(
+                    "slot-temperature", "critical", "the slot is too hot and has tripped", "check the cooling"
+                )
+            else:
+                issues.clear("slot-temperature")
+            trouble = host.arbiter.trouble
+            if trouble is not None and state in ("bridge", "dark") and running is None:
+                issues.raise_("slot", "critical", str(trouble), trouble.hint or "slotd goes on trying")
+            elif state == "slot":
+                issues.clear("slot")
+            link.changed()
+            await asyncio.sleep(HEALTH_EVERY)
+
+    def _signalled(self) -> None:
+        if self.stop_asked.is_set():
+            log.error("second_signal", hint="ending at once")
+            _too_long()
+        self.stop_asked.set()
+
+
+async def run(config: Config) -> int:
+    """One daemon, in the running loop."""
+    return await Daemon(config).run()
+
+
+def _make_folders(config: Config) -> None:
+    for folder, mode in ((config.state_dir, 0o700), (config.run_dir, 0o755)):
+        try:
+            folder.mkdir(mode=mode, parents=True, exist_ok=True)
+        except OSError as error:
+            raise InvalidConfig(
+                f"{folder} cannot be made: {error.strerror}", field="state_dir / run_dir", hint="choose another folder"
+            ) from None
+
+
+def _boot_id() -> str:
+    """The kernel's: what was programmed in this boot is still there."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return str(uuid.uuid4())
+
+
+def _both(first: Callable[[], None], second: Callable[[], None]) -> Callable[[], None]:
+    def call() -> None:
+        first()
+        second()
+
+    return call
+
+
+def _too_long() -> None:
+    log.critical("stop_took_too_long", at=time.time())
+    import os
+
+    os._exit(75)

@@ -1,0 +1,149 @@
+"""The host as commands, the link and the status page see it: one facade over the parts that the daemon put together."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Protocol
+
+from agent import __version__
+from agent.commands.table import Actor
+from agent.config import Config
+from agent.journal.boot import ModelRef
+from agent.model.wish import Wish
+from agent.serving.dataplane import Dataplane
+from agent.slot.arbiter import Arbiter, HostState
+from agent.slot.deployment import Deployments
+from agent.slot.installer import Installer
+from agent.slot.recovery import Recovery
+from drivers.base import SlotHealth
+
+
+class LinkState(Protocol):
+    """What the status says of the link."""
+
+    def describe(self) -> dict[str, Any]:
+        """enabled, connected, broker, outbox."""
+
+
+class SlotHost:
+    """Implements `agent.commands.host.Host`."""
+
+    def __init__(
+        self,
+        config: Config,
+        boot_id: str,
+        arbiter: Arbiter,
+        dataplane: Dataplane,
+        installer: Installer,
+        recovery: Recovery,
+        deployments: Deployments,
+        issues: Callable[[], list[dict[str, Any]]],
+    ) -> None:
+        self.config = config
+        self.boot_id = boot_id
+        self.arbiter = arbiter
+        self.dataplane = dataplane
+        self.installer = installer
+        self.recovery = recovery
+        self.deployments = deployments
+        self.issues = issues
+        self.link: LinkState | None = None
+        self.listen: list[str] = []
+        self.health = SlotHealth()
+        self.proven: str | None = None
+        self._started = time.monotonic()
+
+    def status(self) -> dict[str, Any]:
+        """The whole state, as `slotd status --json` prints it."""
+        arbiter, boot = self.arbiter, self.deployments.boot
+        running, waiting = self.deployments.running, self.deployments.waiting
+        trouble = arbiter.trouble if arbiter.host in (HostState.BRIDGE, HostState.DARK) and not running else None
+        return {
+            "device": self.config.device,
+            "version": __version__,
+            "boot_id": self.boot_id,
+            "pid": os.getpid(),
+            "uptime_s": round(time.monotonic() - self._started, 1),
+            "host": arbiter.host.value,
+            "reason": trouble.as_dict() if trouble else None,
+            "embedded": self.config.embedded,
+            "slot": self._slot(),
+            "committed": _ref(boot.committed),
+            "previous": _ref(boot.previous),
+            "deployment": running.as_dict() if running else None,
+            "waiting": waiting.as_dict() if waiting else None,
+            "last": self.deployments.last,
+            "serving": self._serving(),
+            "link": self.link.describe() if self.link else {"enabled": False, "connected": False},
+            "issues": self.issues(),
+        }
+
+    async def deploy(self, wish: Wish, actor: Actor) -> dict[str, Any]:
+        deployment = await self.deployments.deploy(wish, str(actor))
+        return {"task": deployment.id, "outcome": deployment.outcome.value if deployment.outcome else None}
+
+    async def undeploy(self, actor: Actor) -> dict[str, Any]:
+        return {"task": (await self.deployments.undeploy(str(actor))).id}
+
+    async def rollback(self, actor: Actor) -> dict[str, Any]:
+        return {"task": (await self.deployments.rollback(str(actor))).id}
+
+    async def cancel(self, task: str | None, actor: Actor) -> dict[str, Any]:
+        return {"task": (await self.deployments.cancel(task, str(actor))).id}
+
+    async def task(self, task: str) -> dict[str, Any]:
+        return await self.deployments.document(task)
+
+    def watch(self, task: str | None = None) -> AsyncIterator[dict[str, Any]]:
+        """Deployment documents as they change."""
+        return self.deployments.watch(task)
+
+    def _slot(self) -> dict[str, Any]:
+        state, seat = self.installer.state, self.installer.seat
+        proof = self.installer.last_proof
+        return {
+            "driver": self.installer.driver.name,
+            "simulated": self.installer.driver.simulated,
+            "present": state.present,
+            "shell": state.shell,
+            "accelerator": state.accelerator,
+            "proven": self.proven,
+            "proof": proof.as_dict() if proof else None,
+            "temperature_c": self.health.temperature_c,
+            "power_w": self.health.power_w,
+            "executor": {"pid": seat.worker.pid, "model": seat.model.name} if seat else None,
+            "recovery_attempts": self.recovery.attempts,
+        }
+
+    def _serving(self) -> dict[str, Any]:
+        counters, place = self.dataplane.counters, None
+        answer = self.arbiter.answerer()
+        key = getattr(answer, "key", None)
+        if key is not None:
+            place = self.dataplane.admission.places.get(key)
+        p50, p99 = self.dataplane.latencies.quantile(0.5), self.dataplane.latencies.quantile(0.99)
+        return {
+            "listen": self.listen,
+            "requests": counters.requests,
+            "failed": counters.failed,
+            "refused": counters.refused,
+            "invalid": counters.invalid,
+            "cancelled": counters.cancelled,
+            "by_slot": counters.by_slot,
+            "by_bridge": counters.by_bridge,
+            "hedged": counters.hedged,
+            "retried": counters.retried,
+            "in_flight": self.dataplane.admission.in_flight,
+            "queued": len(self.dataplane.admission.queue),
+            "p50_ms": None if p50 is None else round(p50 * 1000, 3),
+            "p99_ms": None if p99 is None else round(p99 * 1000, 3),
+            "capacity_per_s": round(place.capacity, 1) if place else None,
+        }
+
+
+def _ref(ref: ModelRef | None) -> dict[str, str] | None:
+    if ref is None:
+        return None
+    return {"digest": ref.digest, "reference": ref.reference, "name": ref.name, "version": ref.version}

@@ -1,0 +1,431 @@
+"""Predict, free of any wire format: check, queue, prepare, compute, survive what breaks on the way.
+
+A request is bound to one model when it is handed to an executor. What happens then:
+- no answer from the slot in time: the bridge computes it too, the first answer wins;
+- the executor ends with it in hand: it is tried again, alone, in a disposable executor (`trials`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Protocol
+
+import structlog
+
+from agent.config import ServingConfig
+from agent.errors import DeadlineExceeded, ExecutorDied, InvalidInput, NotFound, SlotdError, Unavailable
+from agent.executor.client import Call, Reply
+from agent.executor.seat import Prepared, Seat
+from agent.model.signature import Tensor
+from agent.serving.binding import bind_inputs, bind_outputs
+from agent.slot.admission import Admission, Latencies, Place, Ticket
+from agent.slot.arbiter import Answerer, Arbiter, HostState, On, Refuse, Wait
+
+log = structlog.get_logger(__name__)
+
+HANG_FLOOR = 0.05
+HANG_FACTOR = 4.0
+HANG_UNKNOWN = 1.0
+"""Seconds without an answer that count as a hang before the slot's own latency is known."""
+
+
+@dataclass(slots=True)
+class Request:
+    """What an adapter hands in. `timeout` is in seconds from now, None for the longest allowed."""
+
+    inputs: Mapping[str, Tensor]
+    model: str = ""
+    version: int | None = None
+    outputs: tuple[str, ...] = ()
+    timeout: float | None = None
+    priority: int = 0
+    size: int = 0
+
+
+class Answer:
+    """The outputs, views into shared memory until `release`; use it as a context manager."""
+
+    __slots__ = ("_replies", "digest", "name", "outputs", "served_by", "version")
+
+    def __init__(self, seat: Seat, reply: Reply, served_by: str, outputs: dict[str, Tensor]) -> None:
+        self.name = seat.model.name
+        self.version = seat.model.version
+        self.digest = seat.model.digest
+        self.served_by = served_by
+        self.outputs = outputs
+        self._replies = reply
+
+    def release(self) -> None:
+        """Give the memory back. The outputs must not be used afterwards."""
+        self.outputs = {}
+        self._replies.release()
+
+    def __enter__(self) -> Answer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+class Retrier(Protocol):
+    """What runs a request again whose executor ended (see trials)."""
+
+    def known(self, inputs: Mapping[str, Tensor]) -> SlotdError | None:
+        """The error for a request that is known to end every executor."""
+
+    async def retry(
+        self, seat: Seat, inputs: Mapping[str, Tensor], prepared: Prepared | None, deadline: float
+    ) -> tuple[Seat, Reply]:
+        """Its answer from a disposable executor. Raises Poison, DeadlineExceeded or what the executor said."""
+
+
+@dataclass
+class Counters:
+    """Since the start of the agent."""
+
+    requests: int = 0
+    by_slot: int = 0
+    by_bridge: int = 0
+    failed: int = 0
+    refused: int = 0
+    invalid: int = 0
+    cancelled: int = 0
+    hedged: int = 0
+    retried: int = 0
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """Something that speaks against an executor. `kind` is hang, internal or slow."""
+
+    kind: str
+    key: int
+    digest: str
+    error: SlotdError
+
+
+@dataclass
+class Dataplane:
+    """Answers requests from the executors that are seated; the arbiter says from which."""
+
+    arbiter: Arbiter
+    admission: Admission
+    config: ServingConfig
+    retrier: Retrier | None = None
+    clock: Callable[[], float] = time.monotonic
+    seats: dict[int, Seat] = field(default_factory=dict)
+    counters: Counters = field(default_factory=Counters)
+    latencies: Latencies = field(default_factory=lambda: Latencies(2048))
+    _waiters: dict[Ticket, asyncio.Future[Place]] = field(default_factory=dict)
+    _listeners: list[Callable[[], None]] = field(default_factory=list)
+    _troubles: list[Callable[[Trouble], None]] = field(default_factory=list)
+    _hangs: dict[int, int] = field(default_factory=dict)
+    _last: object = None
+    _hold: asyncio.TimerHandle | None = None
+    _arrivals: float = 0.0
+    _arrived: float = 0.0
+
+    # --- for those who seat executors ---------------------------------------------------------------------------------
+
+    def seat(self, seat: Seat, *, on: On, service: float) -> None:
+        """An executor may be given requests when the arbiter says so. `service` is its seconds for one request."""
+        self.seats[seat.key] = seat
+        self.admission.add(Place(seat.key, seat.model.digest, on, seat.window, service))
+
+    def unseat(self, key: int) -> None:
+        """No more requests for it; those in its hands end as they end."""
+        self.seats.pop(key, None)
+        self.admission.remove(key)
+        self._hangs.pop(key, None)
+        self.pump()
+
+    def busy(self, key: int) -> int:
+        """Requests in an executor's hands."""
+        place = self.admission.places.get(key)
+        return place.busy if place else 0
+
+    def load(self) -> float:
+        """Requests for each second, lately."""
+        idle = self.clock() - self._arrived
+        return self._arrivals if idle < 1 else self._arrivals / (1 + idle)
+
+    def on_change(self, callback: Callable[[], None]) -> None:
+        """Called when who answers has changed."""
+        self._listeners.append(callback)
+
+    def on_trouble(self, callback: Callable[[Trouble], None]) -> Callable[[], None]:
+        """Called for each trouble; returns what ends that."""
+        self._troubles.append(callback)
+        return lambda: self._troubles.remove(callback)
+
+    def changed(self) -> None:
+        """The arbiter's state has changed: serve, shed and tell accordingly."""
+        answerer = self.arbiter.answerer()
+        told = (type(answerer), answerer if isinstance(answerer, Answerer) else None)
+        if told != self._last:
+            self._last = told
+            for ticket, error in self.admission.overdue(self.clock(), answerer):
+                waiter = self._waiters.get(ticket)
+                if waiter is not None and not waiter.done():
+                    waiter.set_exception(error)
+            for callback in self._listeners:
+                callback()
+        self.pump()
+
+    # --- what adapters ask --------------------------------------------------------------------------------------------
+
+    def can_answer(self) -> bool:
+        """Whether a request that comes now can be answered."""
+        return not self.arbiter.stopping and not isinstance(self.arbiter.answerer(), Refuse)
+
+    def slot_answers(self) -> bool:
+        """Whether it would be answered by the slot."""
+        return not self.arbiter.stopping and self.arbiter.host is HostState.SLOT
+
+    def model_names(self) -> list[str]:
+        """The name of the model that answers."""
+        digest = self.arbiter.serving
+        return [seat.model.name for seat in self.seats.values() if seat.model.digest == digest][:1]
+
+    async def predict(self, request: Request) -> Answer:
+        """The answer to one request. Raises SlotdError; a cancelled call leaves nothing behind."""
+        self.counters.requests += 1
+        started = self._arrive()
+        try:
+            answer = await self._predict(request, started)
+        except asyncio.CancelledError:
+            self.counters.cancelled += 1
+            raise
+        except InvalidInput:
+            self.counters.invalid += 1
+            raise
+        except SlotdError as error:
+            if error.grpc in ("RESOURCE_EXHAUSTED", "UNAVAILABLE", "NOT_FOUND"):
+                self.counters.refused += 1
+            else:
+                self.counters.failed += 1
+            raise
+        if answer.served_by == On.SLOT.value:
+            self.counters.by_slot += 1
+        else:
+            self.counters.by_bridge += 1
+        self.latencies.add(self.clock() - started)
+        return answer
+
+    # --- the way of one request ---------------------------------------------------------------------------------------
+
+    async def _predict(self, request: Request, now: float) -> Answer:
+        timeout = (
+            self.config.max_deadline if request.timeout is None else min(request.timeout, self.config.max_deadline)
+        )
+        if timeout <= 0:
+            raise DeadlineExceeded("the deadline was over when the request came")
+        deadline = now + timeout
+        answerer = self.arbiter.answerer()
+        if isinstance(answerer, Answerer) and answerer.key in self.seats:
+            self._bind(request, self.seats[answerer.key])
+        if self.retrier is not None and (known := self.retrier.known(request.inputs)) is not None:
+            raise known
+        ticket = self.admission.admit(now, deadline, request.priority, answerer)
+        place = await self._turn(ticket)
+        return await self._compute(request, place, deadline)
+
+    async def _turn(self, ticket: Ticket) -> Place:
+        """Waits for an executor to be free. The place that comes back is counted busy."""
+        waiter: asyncio.Future[Place] = asyncio.get_running_loop().create_future()
+        self._waiters[ticket] = waiter
+        try:
+            self.pump()
+            if not waiter.done():
+                await asyncio.wait((waiter,), timeout=ticket.deadline - self.clock())
+            if not waiter.done():
+                raise DeadlineExceeded("the deadline passed while the request waited; it was not run")
+            return waiter.result()
+        except BaseException:
+            self.admission.withdraw(ticket)
+            if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
+                self._ended(waiter.result(), None)
+            raise
+        finally:
+            del self._waiters[ticket]
+
+    async def _compute(self, request: Request, place: Place, deadline: float) -> Answer:
+        """Owns one unit of `place.busy`, and gives it back when the executor is done with it."""
+        seat = self.seats.get(place.key)
+        if seat is None:  # it ended between the hand-over and now
+            self._ended(place, None)
+            return await self._predict_again(request, deadline)
+        owned = True
+        prepared: Prepared | None = None
+        try:
+            inputs = self._bind(request, seat)
+            wanted = bind_outputs(seat.signature, request.outputs)
+            try:
+                prepared = await seat.prepare(inputs, _ns(deadline))
+                started = self.clock()
+                call = seat.submit(prepared, _ns(deadline))
+                owned = False
+                call.ended.add_done_callback(lambda _: self._ended(place, self._latency(call, started)))
+                served, reply = await self._race(call, seat, place, prepared, deadline)
+            except ExecutorDied:
+                if seat.retired:
+                    return await self._predict_again(request, deadline)
+                if self.retrier is None:
+                    raise
+                self.counters.retried += 1
+                served, reply = await self.retrier.retry(seat, inputs, prepared, deadline)
+        except SlotdError as error:
+            if error.grpc == "INTERNAL":
+                self._trouble("internal", seat, error)
+            raise
+        finally:
+            if prepared is not None:
+                prepared.release()
+            if owned:
+                self._ended(place, None)
+        return Answer(
+            served, reply, served.on, {name: reply.outputs[served.outputs.index(own)] for name, own in wanted.items()}
+        )
+
+    async def _predict_again(self, request: Request, deadline: float) -> Answer:
+        """From the start, within the same deadline: its executor was taken away, which is no fault of the request's."""
+        now = self.clock()
+        if now >= deadline:
+            raise DeadlineExceeded("the deadline passed during a swap")
+        ticket = self.admission.admit(now, deadline, request.priority, self.arbiter.answerer())
+        return await self._compute(request, await self._turn(ticket), deadline)
+
+    async def _race(
+        self, call: Call, seat: Seat, place: Place, prepared: Prepared, deadline: float
+    ) -> tuple[Seat, Reply]:
+        """The first answer: of the slot, or of the bridge if the slot is silent for too long."""
+        rival: Call | None = None
+        rival_seat = seat
+        try:
+            if seat.on == On.SLOT.value:
+                p99 = place.latencies.quantile(0.99)
+                patience = max(HANG_FLOOR, HANG_FACTOR * p99) if p99 is not None else HANG_UNKNOWN
+                await asyncio.wait((call.result,), timeout=min(patience, deadline - self.clock()))
+                if not call.result.done():
+                    rival_seat, rival = self._hedge(seat, prepared, deadline) or (seat, None)
+            if rival is None:
+                await asyncio.wait((call.result,), timeout=deadline - self.clock())
+                return seat, self._outcome(call, seat, place, hung=seat.on == On.SLOT.value)
+            await asyncio.wait(
+                (call.result, rival.result), timeout=deadline - self.clock(), return_when=asyncio.FIRST_COMPLETED
+            )
+            if rival.result.done() and not call.result.done() and rival.result.exception() is not None:
+                await asyncio.wait((call.result,), timeout=deadline - self.clock())
+            if call.result.done() and call.result.exception() is None:
+                return seat, self._outcome(call, seat, place, hung=False)
+            if not rival.result.done():  # the slot failed: the bridge decides
+                await asyncio.wait((rival.result,), timeout=deadline - self.clock())
+            self._hung(seat)
+            return rival_seat, self._outcome(rival, rival_seat, place, hung=False, judge=False)
+        finally:
+            call.cancel()
+            if rival is not None:
+                rival.cancel()
+
+    def _outcome(self, call: Call, seat: Seat, place: Place, *, hung: bool, judge: bool = True) -> Reply:
+        if not call.result.done():
+            if hung:
+                self._hung(seat)
+            raise DeadlineExceeded("the deadline passed while the model ran")
+        reply = call.result.result()
+        if judge:
+            self._hangs.pop(place.key, None)
+        return reply
+
+    def _hedge(self, seat: Seat, prepared: Prepared, deadline: float) -> tuple[Seat, Call] | None:
+        """The same request on the bridge of the same model, if there is time for that."""
+        place = self.admission.bridge_of(seat.model.digest)
+        if place is None or place.key not in self.seats:
+            return None
+        if self.clock() + (place.latencies.quantile(0.99) or place.service) >= deadline:
+            return None
+        bridge = self.seats[place.key]
+        try:
+            call = bridge.submit(prepared, _ns(deadline))
+        except SlotdError as error:
+            log.warning("hedge_failed", error=str(error))
+            return None
+        self.counters.hedged += 1
+        started = self.clock()
+        place.started(started)
+        call.ended.add_done_callback(lambda _: self._ended(place, self._latency(call, started)))
+        return bridge, call
+
+    def _hung(self, seat: Seat) -> None:
+        """A request was not answered by the slot in time; two in a row make it suspect."""
+        count = self._hangs.get(seat.key, 0) + 1
+        self._hangs[seat.key] = count
+        if count >= 2:
+            self._trouble(
+                "hang", seat, Unavailable("the slot left two requests in a row unanswered", code="DEVICE_HUNG")
+            )
+
+    def _trouble(self, kind: str, seat: Seat, error: SlotdError) -> None:
+        for callback in tuple(self._troubles):
+            callback(Trouble(kind, seat.key, seat.model.digest, error))
+
+    def _bind(self, request: Request, seat: Seat) -> dict[str, Tensor]:
+        model = seat.model
+        if request.model and request.model != model.name:
+            raise NotFound(
+                f"no model {request.model[:100]!r} is served here, {model.name!r} is", field="model_spec.name"
+            )
+        if request.version is not None and request.version != model.version:
+            raise NotFound(
+                f"version {request.version} of {model.name!r} is not served, {model.version} is",
+                field="model_spec.version",
+            )
+        bind_outputs(seat.signature, request.outputs)
+        return bind_inputs(seat.signature, request.inputs)
+
+    # --- turns --------------------------------------------------------------------------------------------------------
+
+    def pump(self) -> None:
+        """Hand over what may be handed over."""
+        now = self.clock()
+        answerer: Answerer | Wait | Refuse = self.arbiter.answerer()
+        for ticket, place in self.admission.take(now, answerer):
+            waiter = self._waiters.get(ticket)
+            if waiter is None or waiter.done():
+                self._ended(place, None)
+                continue
+            waiter.set_result(place)
+        if self.admission.queue and self._hold is None and self.admission.held(now):
+            self._hold = asyncio.get_running_loop().call_later(0.05, self._held)
+
+    def _held(self) -> None:
+        self._hold = None
+        self.pump()
+
+    def _ended(self, place: Place, latency: float | None) -> None:
+        place.ended(self.clock(), latency)
+        if self.admission.queue:
+            self.pump()
+
+    def _latency(self, call: Call, started: float) -> float | None:
+        good = call.result.done() and not call.result.cancelled() and call.result.exception() is None
+        return self.clock() - started if good else None
+
+    def _arrive(self) -> float:
+        now = self.clock()
+        gap = now - self._arrived
+        if self._arrived and gap > 0:
+            weight = min(1.0, gap)  # an average over about a second
+            self._arrivals += (1 / gap - self._arrivals) * weight
+        self._arrived = now
+        return now
+
+
+def _ns(deadline: float) -> int:
+    return int(deadline * 1e9)

@@ -1,0 +1,207 @@
+"""Requests whose executor ended: each is tried again, alone, in a disposable executor.
+
+A request that ends that one too is poison: only its sender gets an error, and the same bytes are refused for a while.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import structlog
+
+from agent.errors import DeadlineExceeded, ExecutorDied, Poison, SlotdError
+from agent.executor.client import Reply
+from agent.executor.seat import Prepared, Seat
+from agent.model.signature import Strings, Tensor
+
+log = structlog.get_logger(__name__)
+
+Sketch: TypeAlias = tuple[tuple[str, tuple[int, ...], int], ...]
+Spawn: TypeAlias = Callable[[Seat, bool], Awaitable[Seat]]
+Discard: TypeAlias = Callable[[Seat], Awaitable[None]]
+
+KEEP_IDLE = 5.0
+"""Seconds that a disposable executor is kept for the next suspect."""
+MAX_POISON = 1000
+
+
+@dataclass
+class _Suspects:
+    """The requests that one dead executor had in hand."""
+
+    open: int = 0
+    poison: int = 0
+    settled: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Trials:
+    """`spawn` starts a disposable seat for the model of the one that died (True: with a decoder of its own)."""
+
+    def __init__(
+        self, spawn: Spawn, discard: Discard, *, memory: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._spawn = spawn
+        self._discard = discard
+        self._memory = memory
+        self._clock = clock
+        self._poison: dict[bytes, float] = {}
+        self._sketches: set[Sketch] = set()
+        self._suspects: dict[int, _Suspects] = {}
+        self._turn = asyncio.Lock()
+        self._spare: Seat | None = None
+        self._reaper: asyncio.Task[None] | None = None
+        self.tried = 0
+        self.found = 0
+
+    def known(self, inputs: Mapping[str, Tensor]) -> SlotdError | None:
+        """The error for bytes that ended two executors lately; None for all others."""
+        if not self._poison or _sketch(inputs) not in self._sketches:
+            return None
+        until = self._poison.get(_fingerprint(inputs))
+        if until is None or until < self._clock():
+            return None
+        return Poison(
+            "this request has ended every executor that ran it and is not run again",
+            hint="send other input, or report the model to whoever made it",
+            retry_after=round(until - self._clock(), 1),
+        )
+
+    async def retry(
+        self, seat: Seat, inputs: Mapping[str, Tensor], prepared: Prepared | None, deadline: float
+    ) -> tuple[Seat, Reply]:
+        """The answer of a disposable executor. Raises Poison, DeadlineExceeded, or what the model says of the request.
+
+        `prepared` None: the decoder died, so a disposable one decodes again.
+        """
+        suspects = self._suspects.setdefault(seat.key, _Suspects())
+        suspects.open += 1
+        suspects.settled.clear()
+        self.tried += 1
+        try:
+            async with asyncio.timeout(max(0.0, deadline - self._clock())), self._turn:
+                return await self._try(seat, inputs, prepared, deadline)
+        except TimeoutError:
+            raise DeadlineExceeded("the executor ended and the deadline passed before another could answer") from None
+        except Poison:
+            suspects.poison += 1
+            self.found += 1
+            await self._remember(inputs)
+            raise
+        finally:
+            suspects.open -= 1
+            if suspects.open == 0:
+                suspects.settled.set()
+
+    async def verdict(self, key: int, *, timeout: float = 30.0) -> bool:
+        """Whether the death of executor `key` was the doing of one request; waits for the trials of all suspects."""
+        await asyncio.sleep(0.05)  # the requests hear of the death in this very moment, too
+        suspects = self._suspects.get(key)
+        if suspects is None:
+            return False
+        try:
+            async with asyncio.timeout(timeout):
+                while suspects.open:
+                    await suspects.settled.wait()
+        except TimeoutError:
+            log.warning("trials_undecided", executor=key, open=suspects.open)
+        return suspects.poison > 0
+
+    async def close(self) -> None:
+        """Ends the disposable executor."""
+        async with self._turn:
+            if self._reaper is not None:
+                self._reaper.cancel()
+            await self._drop()
+
+    async def _try(
+        self, seat: Seat, inputs: Mapping[str, Tensor], prepared: Prepared | None, deadline: float
+    ) -> tuple[Seat, Reply]:
+        if self._reaper is not None:
+            self._reaper.cancel()
+            self._reaper = None
+        spare = self._spare
+        if spare is None or not _fits(spare, seat, decodes=prepared is None):
+            await self._drop()
+            spare = self._spare = await self._spawn(seat, prepared is None)
+        own: Prepared | None = None
+        clean = False
+        try:
+            if prepared is None:
+                prepared = own = await spare.prepare(inputs, int(deadline * 1e9))
+            call = spare.submit(prepared, int(deadline * 1e9))
+            try:
+                reply = await asyncio.shield(call.result)
+            finally:
+                call.cancel()
+            clean = True
+        except ExecutorDied as error:
+            log.error("poison_request", model=seat.model.name, digest=seat.model.digest, error=str(error))
+            raise Poison(
+                "this request ended two executors; it is not tried again",
+                hint="send other input, or report the model to whoever made it",
+            ) from None
+        except SlotdError:
+            clean = True  # an ordered refusal
+            raise
+        finally:
+            if own is not None:
+                own.release()
+            if clean:
+                self._reaper = asyncio.create_task(self._reap(), name="trials-reaper")
+            else:
+                await asyncio.shield(self._drop())
+        return spare, reply
+
+    async def _reap(self) -> None:
+        await asyncio.sleep(KEEP_IDLE)
+        async with self._turn:
+            self._reaper = None
+            await self._drop()
+
+    async def _drop(self) -> None:
+        spare, self._spare = self._spare, None
+        if spare is not None:
+            spare.retired = True
+            await self._discard(spare)
+
+    async def _remember(self, inputs: Mapping[str, Tensor]) -> None:
+        now = self._clock()
+        if len(self._poison) >= MAX_POISON or any(until < now for until in self._poison.values()):
+            self._poison = {key: until for key, until in self._poison.items() if until >= now}
+            if len(self._poison) >= MAX_POISON:
+                self._poison.pop(next(iter(self._poison)))
+        self._poison[await asyncio.to_thread(_fingerprint, inputs)] = now + self._memory
+        self._sketches.add(_sketch(inputs))
+        if len(self._suspects) > 100:
+            self._suspects = {key: one for key, one in self._suspects.items() if one.open}
+
+
+def _fits(spare: Seat, seat: Seat, *, decodes: bool) -> bool:
+    """Whether the disposable executor that is there will do for a suspect of `seat`."""
+    if spare.model.digest != seat.model.digest or not spare.worker.alive:
+        return False
+    own = spare.decoders is not seat.decoders
+    return own == decodes and (not own or all(worker.alive for worker in spare.decoders.workers))
+
+
+def _sketch(inputs: Mapping[str, Tensor]) -> Sketch:
+    """Cheap, and the same for the same request."""
+    return tuple(sorted((name, tuple(tensor.shape), tensor.nbytes) for name, tensor in inputs.items()))
+
+
+def _fingerprint(inputs: Mapping[str, Tensor]) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(inputs.items()):
+        digest.update(repr((name, tuple(tensor.shape))).encode())
+        if isinstance(tensor, Strings):
+            for item in tensor.items:
+                digest.update(len(item).to_bytes(8, "little") + item)
+        else:
+            digest.update(tensor.dtype.str.encode())
+            digest.update(memoryview(tensor if tensor.flags.c_contiguous else tensor.copy()).cast("B"))
+    return digest.digest()

@@ -1,0 +1,760 @@
+"""The deployment procedure: from a wish to a committed model, or back to the last one that worked."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+import structlog
+
+from agent.config import Config
+from agent.errors import (
+    Cancelled,
+    Interrupted,
+    NotFound,
+    ProofFailed,
+    Refused,
+    SlotdError,
+    SlotError,
+)
+from agent.journal.boot import BootRecord, ModelRef, write_boot
+from agent.journal.database import Journal
+from agent.model.spec import Model
+from agent.model.wish import Wish
+from agent.serving.dataplane import Dataplane, Trouble
+from agent.serving.trials import Trials
+from agent.slot.arbiter import (
+    Arbiter,
+    AtBoundary,
+    Continuity,
+    Ended,
+    Interrupt,
+    Joined,
+    Outcome,
+    Phase,
+    Queued,
+    Start,
+    Turn,
+    Verdict,
+)
+from agent.slot.installer import Installer, prove_seat
+from agent.slot.recovery import Recovery
+from agent.slot.residents import Resident, Residents
+
+log = structlog.get_logger(__name__)
+
+Tell = Callable[[str, dict[str, Any]], None]
+KEEP_ENDED = 50
+RETRIES = 1
+"""How often an attempt that was cut off at or after drain is made again by itself."""
+
+
+class Images(Protocol):
+    """Where models come from."""
+
+    async def resolve(self, reference: str) -> str:
+        """The manifest digest of a reference. Raises RegistryError, NotFound, InvalidInput."""
+
+    async def fetch(self, reference: str, digest: str, progress: Callable[[dict[str, Any]], None]) -> None:
+        """All blobs into the store, each verified. Raises RegistryError, InvalidImage, StorageError."""
+
+    async def unpack(self, reference: str, digest: str) -> None:
+        """The model's files onto the disk. Raises InvalidImage, StorageError."""
+
+    async def has(self, digest: str) -> bool:
+        """Whether the model is unpacked already."""
+
+    async def model(self, digest: str, reference: str) -> Model:
+        """The unpacked model, its hash list checked. Raises InvalidModel, StorageError."""
+
+    async def collect(self, keep: set[str]) -> int:
+        """Removes what is not in `keep`; bytes freed."""
+
+
+@dataclass
+class Deployment:
+    """One attempt, as everybody sees it."""
+
+    id: str
+    wish: Wish | None
+    actor: str
+    turn: Turn
+    kind: str = "deploy"
+    digest: str | None = None
+    name: str | None = None
+    version: str | None = None
+    phases: list[tuple[str, float]] = field(default_factory=list)
+    progress: dict[str, Any] = field(default_factory=dict)
+    outcome: Outcome | None = None
+    error: SlotdError | None = None
+    host: str = ""
+    notes: dict[str, Any] = field(default_factory=dict)
+    started: datetime = field(default_factory=lambda: datetime.now(UTC))
+    began: float = field(default_factory=time.monotonic)
+    seconds: float | None = None
+    done: asyncio.Event = field(default_factory=asyncio.Event)
+    called_off: asyncio.Event = field(default_factory=asyncio.Event)
+    _phase_began: float = 0.0
+
+    @property
+    def phase(self) -> str | None:
+        return self.phases[-1][0] if self.phases else None
+
+    def entered(self, phase: str) -> None:
+        """A phase begins; the one before it has its time."""
+        now = time.monotonic()
+        if self.phases:
+            self.phases[-1] = (self.phases[-1][0], now - self._phase_began)
+        self.phases.append((phase, 0.0))
+        self._phase_began = now
+
+    def as_dict(self) -> dict[str, Any]:
+        """As `task`, `status` and `reported` show it."""
+        now = time.monotonic()
+        phases = [{"phase": name, "seconds": round(seconds, 3)} for name, seconds in self.phases]
+        if phases and self.outcome is None:
+            phases[-1]["seconds"] = round(now - self._phase_began, 3)
+        return {
+            "id": self.id,
+            "kind": self.kind,
+            "reference": self.wish.reference if self.wish else None,
+            "digest": self.digest,
+            "name": self.name,
+            "version": self.version,
+            "actor": self.actor,
+            "phase": self.phase,
+            "phases": phases,
+            "progress": dict(self.progress),
+            "outcome": self.outcome.value if self.outcome else None,
+            "error": self.error.as_dict() if self.error else None,
+            "host": self.host,
+            "notes": dict(self.notes),
+            "started": self.started.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            "seconds": round(self.seconds if self.seconds is not None else now - self.began, 3),
+        }
+
+
+class Deployments:
+    """Runs one deployment at a time, and lets at most one wait."""
+
+    def __init__(
+        self,
+        config: Config,
+        state_dir: Path,
+        boot: BootRecord,
+        arbiter: Arbiter,
+        dataplane: Dataplane,
+        residents: Residents,
+        installer: Installer,
+        recovery: Recovery,
+        trials: Trials,
+        images: Images,
+        journal: Journal,
+        tell: Tell,
+        boot_id: str,
+    ) -> None:
+        self.config = config
+        self.state_dir = state_dir
+        self.boot = boot
+        self.arbiter = arbiter
+        self.dataplane = dataplane
+        self.residents = residents
+        self.installer = installer
+        self.recovery = recovery
+        self.trials = trials
+        self.images = images
+        self.journal = journal
+        self.tell = tell
+        self.boot_id = boot_id
+        self.last: dict[str, Any] | None = None
+        self._all: dict[str, Deployment] = {}
+        self._task: asyncio.Task[None] | None = None
+        self._watchers: set[asyncio.Event] = set()
+
+    # --- what commands ask ----------------------------------------------------------------------------------------------
+
+    async def deploy(self, wish: Wish, actor: str, *, resumed: bool = False) -> Deployment:
+        """Starts it, queues it, or finds that it is being done. Raises Refused, Unavailable."""
+        if wish.force or not resumed:
+            await self._forgive(wish)
+        return await self._ask(Deployment(_new_id(), wish, actor, Turn("", wish)))
+
+    async def undeploy(self, actor: str) -> Deployment:
+        """Makes `empty` the committed state."""
+        return await self._ask(Deployment(_new_id(), None, actor, Turn("", "undeploy"), kind="undeploy"))
+
+    async def rollback(self, actor: str) -> Deployment:
+        """Calls off the deployment in hand; without one, deploys the previous model."""
+        running = self.arbiter.running
+        if running is not None and running.wish != "undeploy":
+            return await self.cancel(running.id, actor, why=Cancelled(f"rolled back by {actor}"))
+        previous = self.boot.previous
+        self.arbiter.rollback_target(previous.digest if previous else None)
+        assert previous is not None
+        wish = Wish(previous.reference, digest=previous.digest, allow_signature_change=True)
+        deployment = Deployment(_new_id(), wish, actor, Turn("", wish), kind="rollback")
+        return await self._ask(deployment)
+
+    async def cancel(self, task: str | None, actor: str, *, why: SlotdError | None = None) -> Deployment:
+        """Before drain at once, later as a roll-back at the next phase boundary. Raises NotFound, CommandRefused."""
+        decision = self.arbiter.cancel(task, why or Cancelled(f"cancelled by {actor}"))
+        deployment = self._all[decision.turn.id]
+        match decision:
+            case Ended():
+                await self._finish(deployment, Outcome.CANCELLED, decision.turn.called_off)
+            case Interrupt():
+                deployment.called_off.set()
+                if self._task is not None:
+                    self._task.cancel()
+            case AtBoundary():
+                deployment.called_off.set()
+        return deployment
+
+    def get(self, task: str) -> Deployment | None:
+        """A deployment of this run of the agent."""
+        return self._all.get(task)
+
+    async def document(self, task: str) -> dict[str, Any]:
+        """A deployment, also of an earlier run. Raises NotFound."""
+        deployment = self._all.get(task)
+        if deployment is not None:
+            return deployment.as_dict()
+        stored = await self.journal.get_deployment(task)
+        if stored is None:
+            raise NotFound(f"there is no task {task!r}", hint="tasks are kept for the last 1,000 deployments")
+        return stored
+
+    @property
+    def running(self) -> Deployment | None:
+        return self._all.get(self.arbiter.running.id) if self.arbiter.running else None
+
+    @property
+    def waiting(self) -> Deployment | None:
+        return self._all.get(self.arbiter.waiting.id) if self.arbiter.waiting else None
+
+    async def watch(self, task: str | None = None) -> AsyncIterator[dict[str, Any]]:
+        """A deployment's document whenever it changes, until it has ended (no task: those that run, for ever)."""
+        event = asyncio.Event()
+        self._watchers.add(event)
+        try:
+            while True:
+                deployment = self._all.get(task) if task else self.running
+                if deployment is not None:
+                    yield deployment.as_dict()
+                    if task and deployment.done.is_set():
+                        return
+                elif task:
+                    yield await self.document(task)
+                    return
+                await event.wait()
+                event.clear()
+        finally:
+            self._watchers.discard(event)
+
+    # --- life ---------------------------------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """What the journal remembers of the last deployment."""
+        for row in await self.journal.last(1):
+            self.last = row
+
+    async def resume(self) -> None:
+        """After a start: what was cut off is resumed, tried once more, or given up, and the journal says so."""
+        rows = await self.journal.unfinished()
+        for row in rows[:-1]:
+            await self._give_up(row, Interrupted(f"cut off at {_reached(row)}; a newer deployment was asked for"))
+        if not rows:
+            return
+        row = rows[-1]
+        reached, digest = _reached(row), row.get("digest")
+        touched = reached in _TOUCHING
+        if touched and digest and await self.journal.attempts(digest) > RETRIES:
+            await self._give_up(
+                row,
+                Interrupted(
+                    f"cut off at {reached} on each of {RETRIES + 1} attempts; the host stays on the committed model",
+                    hint="find out why the host goes down there; then deploy again, with --force for the same image",
+                ),
+            )
+            return
+        wish = row.get("wish")
+        if not wish:
+            await self._give_up(row, Interrupted(f"cut off at {reached}"))
+            return
+        again = Wish(**wish) if isinstance(wish, dict) else wish
+        deployment = await self.deploy(again, f"resume of {row['id']}", resumed=True)
+        await self._give_up(row, Interrupted(f"cut off at {reached}; tried again as {deployment.id}"))
+
+    async def stop(self) -> None:
+        """SIGTERM: cuts the running deployment short, without a roll-back; the next start takes it up."""
+        self.arbiter.stop()
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait((self._task,))
+
+    # --- the procedure --------------------------------------------------------------------------------------------------
+
+    async def _ask(self, deployment: Deployment) -> Deployment:
+        deployment.turn.id = deployment.id
+        decision = self.arbiter.ask(deployment.turn)
+        match decision:
+            case Joined():
+                return self._all[decision.turn.id]
+            case Queued():
+                self._all[deployment.id] = deployment
+                if decision.replaced is not None:
+                    replaced = self._all[decision.replaced.id]
+                    await self._finish(replaced, Outcome.SUPERSEDED, decision.replaced.called_off)
+                await self._begin(deployment)
+            case Start():
+                self._all[deployment.id] = deployment
+                try:
+                    await self._begin(deployment)
+                except BaseException:
+                    self._next(deployment)
+                    raise
+                self._start(deployment)
+        self._changed()
+        return deployment
+
+    async def _begin(self, deployment: Deployment) -> None:
+        wish = deployment.wish
+        await self.journal.begin(
+            {
+                "id": deployment.id,
+                "kind": deployment.kind,
+                "reference": wish.reference if wish else None,
+                "actor": deployment.actor,
+                "wish": asdict(wish) if wish else None,
+                "created": time.time(),
+                "boot_id": self.boot_id,
+            }
+        )
+        self.tell(
+            "deployment_asked", {"id": deployment.id, "actor": deployment.actor, "reference": wish and wish.reference}
+        )
+
+    def _start(self, deployment: Deployment) -> None:
+        self._task = asyncio.create_task(self._run(deployment), name=f"deployment-{deployment.id}")
+
+    async def _run(self, deployment: Deployment) -> None:
+        """One deployment from its first phase to its end. Only a planned stop leaves it without an outcome."""
+        turn = deployment.turn
+        outcome: Outcome | None = None
+        error: SlotdError | None = None
+        try:
+            try:
+                outcome = await self._way(deployment)
+            except asyncio.CancelledError:
+                if turn.called_off is None or self.arbiter.stopping:
+                    raise
+                error = turn.called_off
+            except SlotdError as fault:
+                error = fault
+            except Exception as fault:  # our own mistake must not leave the slot in between
+                log.exception("deployment_failed", deployment=deployment.id)
+                error = SlotdError(f"an unforeseen fault in {deployment.phase}: {fault}", hint="see the log of slotd")
+            if error is not None:
+                log.warning("deployment_failed", deployment=deployment.id, phase=deployment.phase, error=str(error))
+                outcome = self.arbiter.failed(turn, error)
+                if outcome is None:
+                    outcome = await self._roll_back(deployment, error)
+                else:
+                    await self._forget(deployment)
+            assert outcome is not None
+            await self._finish(deployment, outcome, error)
+        except asyncio.CancelledError:
+            if not self.arbiter.stopping:
+                raise
+            log.warning("deployment_cut_short", deployment=deployment.id, phase=deployment.phase)
+            return
+        self._next(deployment)
+
+    def _next(self, deployment: Deployment) -> None:
+        following = self.arbiter.end(deployment.turn)
+        self.recovery.wake()
+        if following is not None:
+            self._start(self._all[following.id])
+
+    async def _way(self, deployment: Deployment) -> Outcome:
+        """The phases, in order. Raises SlotdError where one fails."""
+        if deployment.wish is None:
+            return await self._empty(deployment)
+        model = await self._bring(deployment, deployment.wish)
+        if model is None:
+            return Outcome.UNCHANGED
+        resident = await self._preflight(deployment, deployment.wish, model)
+        async with self.installer.lock:
+            attempts = await self.journal.count_attempt(model.digest)
+            deployment.notes["attempt"] = attempts
+            await self._drain(deployment)
+            proven = await self.installer.install(
+                resident, lambda phase: self._enter(deployment, phase), force=deployment.wish.force
+            )
+            deployment.notes["proof"] = proven.report.as_dict()
+            self.residents.lift(resident)
+            self.installer.trust(resident, proven.report)
+            await self._enter(deployment, Phase.SWITCH)
+            self.dataplane.changed()
+            await self._probation(deployment, deployment.wish, resident)
+            await self._commit(deployment, model)
+        return Outcome.COMMITTED
+
+    async def _bring(self, deployment: Deployment, wish: Wish) -> Model | None:
+        """Resolve, pull, verify, unpack, inspect. None: it is the model in force already."""
+        await self._enter(deployment, Phase.RESOLVE)
+        digest = wish.digest or await self.images.resolve(wish.reference)
+        deployment.digest = deployment.turn.digest = digest
+        committed = self.boot.committed
+        if committed is not None and committed.digest == digest and not wish.force:
+            deployment.name, deployment.version = committed.name, committed.version
+            return None
+        if not await self.images.has(digest):
+            await self._enter(deployment, Phase.PULL)
+
+            def progress(step: dict[str, Any]) -> None:
+                deployment.progress = step
+                self._changed()
+
+            await self.images.fetch(wish.reference, digest, progress)
+            await self._enter(deployment, Phase.VERIFY)
+            await self._enter(deployment, Phase.UNPACK)
+            await self.images.unpack(wish.reference, digest)
+        await self._enter(deployment, Phase.INSPECT)
+        model = await self.images.model(digest, wish.reference)
+        deployment.name, deployment.version = model.name, model.spec.version
+        continuity = Continuity(self.config.swap.continuity)
+        if not model.spec.has_bridge and continuity is Continuity.BRIDGE and not wish.accept_dark:
+            raise Refused(
+                f"{model.name} has no CPU twin, so nothing could answer while the slot is reprogrammed",
+                code="NO_BRIDGE",
+                hint="deploy with --accept-dark, or set swap.continuity to queue or reject",
+            )
+        state = await self.installer.probe()
+        section = model.spec.slot
+        if section is not None and state.present and state.shell is not None and state.shell != section.interface:
+            raise Refused(
+                f"the image is for shell {section.interface}, this slot has {state.shell}",
+                code="INCOMPATIBLE_BITSTREAM",
+                field="model.yaml: slot.interface",
+                hint="build the bitstream for this host's shell",
+            )
+        return model
+
+    async def _preflight(self, deployment: Deployment, wish: Wish, model: Model) -> Resident:
+        """The new model on the CPU: loads, answers its golden cases, fits the host and its clients."""
+        await self._enter(deployment, Phase.PREFLIGHT)
+        again = model.digest in self.residents.models
+        resident = await self.residents.admit(model, idle=True)
+        if resident.bridge is not None:
+            if not again:
+                deployment.notes["preflight"] = (
+                    await prove_seat(resident.bridge, None, self.installer.driver, self.config, seed=0)
+                ).as_dict()
+            self._check_signature(wish, resident)
+            _check_memory(resident, model)
+            await self._check_load(deployment, resident)
+        return resident
+
+    def _check_signature(self, wish: Wish, resident: Resident) -> None:
+        committed = self.residents.models.get(self.boot.committed.digest) if self.boot.committed else None
+        allowed = self.config.swap.allow_signature_change
+        if wish.allow_signature_change is not None:
+            allowed = wish.allow_signature_change
+        if committed is None or committed.bridge is None or resident.bridge is None or allowed:
+            return
+        differences = committed.bridge.signature.differences(resident.bridge.signature)
+        if differences:
+            raise Refused(
+                f"clients of {committed.model.name} would break: {'; '.join(differences[:4])}",
+                code="SIGNATURE_CHANGED",
+                hint="deploy with --allow-signature-change if the clients know",
+            )
+
+    async def _check_load(self, deployment: Deployment, resident: Resident) -> None:
+        """Whether the committed model's bridge can carry the load while the slot is away."""
+        committed = self.residents.models.get(self.arbiter.committed or "")
+        if committed is None or committed.bridge is None:
+            return
+        capacity, load = 1.0 / committed.service, self.dataplane.load()
+        deployment.notes["bridge"] = {
+            "capacity_per_s": round(capacity, 1),
+            "load_per_s": round(load, 1),
+            "shed_per_s": round(max(0.0, load - capacity), 1),
+        }
+        policy = self.config.swap.on_weak_bridge
+        if load <= capacity or policy == "proceed" or self.config.swap.continuity != "bridge":
+            return
+        if policy == "refuse":
+            raise Refused(
+                f"clients send {load:.0f} requests a second, the bridge answers {capacity:.0f}",
+                code="WEAK_BRIDGE",
+                hint="deploy when it is quieter, or set swap.on_weak_bridge to proceed or wait_for_quiet",
+            )
+        while self.dataplane.load() > capacity:
+            await asyncio.sleep(1.0)
+
+    async def _drain(self, deployment: Deployment) -> None:
+        """New requests go to the bridge; those in the slot get their time."""
+        await self._enter(deployment, Phase.DRAIN)
+        self.dataplane.changed()
+        seat = self.installer.seat
+        if seat is None:
+            return
+        until = time.monotonic() + self.config.slot.drain_timeout
+        while self.dataplane.busy(seat.key) and time.monotonic() < until and seat.worker.alive:
+            await asyncio.sleep(0.005)
+        deployment.notes["left_at_drain"] = self.dataplane.busy(seat.key)
+
+    async def _probation(self, deployment: Deployment, wish: Wish, resident: Resident) -> None:
+        """The new model serves; it is committed when enough time and requests have gone well."""
+        await self._enter(deployment, Phase.PROBATION)
+        rules = self.config.swap.probation
+        duration = wish.probation if wish.probation is not None else rules.duration
+        until = time.monotonic() + duration
+        watch = _Watch(self, resident)
+        base, counted = self._answers(), 0
+        try:
+            while True:
+                if watch.fault is not None:
+                    raise watch.fault
+                if deployment.called_off.is_set() and deployment.turn.called_off is not None:
+                    raise deployment.turn.called_off
+                answers = self._answers() - base + counted
+                deployment.notes["probation"] = {"answers": answers, "proof_cases": counted}
+                left = until - time.monotonic()
+                if left <= 0 and answers >= rules.min_requests:
+                    return
+                if watch.internal > max(1, rules.max_internal_rate * max(answers, 20)):
+                    raise ProofFailed(
+                        f"{watch.internal} of {answers} requests ended INTERNAL",
+                        code="TOO_MANY_ERRORS",
+                        hint=str(watch.last),
+                    )
+                await self._check_health()
+                if left <= duration / 2 and answers < rules.min_requests and watch.ready.is_set():
+                    report = await self.installer.prove(resident, seed=counted + 1)
+                    counted += max(1, report.cases)
+                    continue
+                await watch.wait(min(0.25, max(0.01, left)), deployment.called_off)
+        finally:
+            watch.close()
+
+    def _answers(self) -> int:
+        return self.dataplane.counters.by_slot
+
+    async def _check_health(self) -> None:
+        health = await asyncio.to_thread(self.installer.driver.health)
+        if health.tripped:
+            raise SlotError(
+                f"the slot is too hot ({health.temperature_c} °C) and has tripped",
+                code="OVER_TEMPERATURE",
+                hint="check the card's cooling",
+            )
+
+    async def _commit(self, deployment: Deployment, model: Model | None) -> None:
+        """boot.json names the new model: from here on it is what the host boots into."""
+        await self._enter(deployment, Phase.COMMIT)
+        old = self.boot.committed
+        ref = ModelRef(model.digest, model.reference, model.name, model.spec.version) if model is not None else None
+        if old is not None and ref is not None and old.digest == ref.digest:
+            previous = self.boot.previous
+        else:
+            previous = old if old is not None else self.boot.previous
+        record = BootRecord(self.boot.generation + 1, ref, previous)
+        await asyncio.to_thread(write_boot, self.state_dir, record)
+        self.boot = record
+        self.arbiter.commit(deployment.turn)
+        if model is not None:
+            await self.journal.clear_attempts(model.digest)
+        if old is not None and (ref is None or old.digest != ref.digest):
+            await self.residents.dismiss(old.digest)
+
+    async def _empty(self, deployment: Deployment) -> Outcome:
+        if self.boot.committed is None:
+            return Outcome.UNCHANGED
+        async with self.installer.lock:
+            await self._drain(deployment)
+            await self._enter(deployment, Phase.RELEASE)
+            await self.installer.release()
+            await self._commit(deployment, None)
+        return Outcome.COMMITTED
+
+    async def _roll_back(self, deployment: Deployment, error: SlotdError) -> Outcome:
+        """The committed model comes back into the slot and is proven again; if it can't, the bridge stays."""
+        self.tell("rolling_back", {"id": deployment.id, "reason": error.as_dict()})
+        deployment.entered("roll_back")
+        await self.journal.phase(deployment.id, "roll_back")
+        self.dataplane.changed()
+        in_slot = False
+        async with self.installer.lock:
+            committed = self.residents.models.get(self.arbiter.committed or "")
+            try:
+                if committed is not None:
+                    await self.recovery.bring_back(committed)
+                    in_slot = True
+                else:
+                    await self.installer.release()
+            except SlotdError as second:
+                deployment.notes["roll_back"] = second.as_dict()
+                log.error("roll_back_failed", deployment=deployment.id, error=str(second))
+        await self._forget(deployment)
+        if deployment.digest is not None:
+            await self.journal.clear_attempts(deployment.digest)
+        return self.arbiter.restored(deployment.turn, error, in_slot=in_slot)
+
+    # --- around it ----------------------------------------------------------------------------------------------------
+
+    async def _enter(self, deployment: Deployment, phase: Phase) -> None:
+        """Journaled before it starts, then done."""
+        if deployment.turn.called_off is not None:
+            raise deployment.turn.called_off
+        await self.journal.phase(deployment.id, phase.value, digest=deployment.digest)
+        self.arbiter.enter(deployment.turn, phase)
+        deployment.entered(phase.value)
+        log.info("deployment_phase", deployment=deployment.id, phase=phase.value, model=deployment.name)
+        self.tell(
+            "deployment_phase",
+            {"id": deployment.id, "phase": phase.value, "digest": deployment.digest, "name": deployment.name},
+        )
+        self._changed()
+
+    async def _finish(self, deployment: Deployment, outcome: Outcome, error: SlotdError | None) -> None:
+        if deployment.phases:
+            deployment.phases[-1] = (deployment.phases[-1][0], time.monotonic() - deployment._phase_began)
+        deployment.outcome, deployment.error = outcome, error
+        deployment.seconds = time.monotonic() - deployment.began
+        deployment.host = self.arbiter.host.value
+        self.last = deployment.as_dict()
+        await self.journal.end(
+            deployment.id, outcome.value, error.as_dict() if error else None, deployment.digest, document=self.last
+        )
+        log.info("deployment_ended", deployment=deployment.id, outcome=outcome.value, seconds=deployment.seconds)
+        self.tell("deployment_ended", self.last)
+        deployment.done.set()
+        self._changed()
+        for old in [known for known, one in self._all.items() if one.done.is_set()][:-KEEP_ENDED]:
+            del self._all[old]
+
+    async def _forget(self, deployment: Deployment) -> None:
+        """The executors of a model that did not make it."""
+        keep = self.boot.committed.digest if self.boot.committed else None
+        if deployment.digest is not None and deployment.digest != keep:
+            await self.residents.dismiss(deployment.digest)
+
+    async def _forgive(self, wish: Wish) -> None:
+        if wish.digest is not None:
+            await self.journal.clear_attempts(wish.digest)
+
+    async def _give_up(self, row: dict[str, Any], error: Interrupted) -> None:
+        document = {**row, "outcome": Outcome.FAILED.value, "error": error.as_dict(), "phase": _reached(row)}
+        document.pop("wish", None)
+        await self.journal.end(row["id"], Outcome.FAILED.value, error.as_dict(), row.get("digest"), document=document)
+        self.last = document
+        self.tell("deployment_ended", document)
+        log.warning("deployment_interrupted", deployment=row["id"], reached=_reached(row), error=str(error))
+
+    def _changed(self) -> None:
+        for event in self._watchers:
+            event.set()
+        if self.arbiter.on_change is not None:
+            self.arbiter.on_change()
+
+
+class _Watch:
+    """What speaks against a model in probation."""
+
+    def __init__(self, deployments: Deployments, resident: Resident) -> None:
+        self.deployments = deployments
+        self.resident = resident
+        self.fault: SlotdError | None = None
+        self.internal = 0
+        self.last: SlotdError | None = None
+        self.ready = asyncio.Event()
+        self.ready.set()
+        self._woken = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._unsubscribe = deployments.dataplane.on_trouble(self._trouble)
+        deployments.installer.on_death.append(self._death)
+
+    async def wait(self, seconds: float, called_off: asyncio.Event) -> None:
+        """Until something happens, at most so long."""
+        waits = [asyncio.ensure_future(event.wait()) for event in (self._woken, called_off)]
+        try:
+            await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for one in waits:
+                one.cancel()
+        self._woken.clear()
+
+    def close(self) -> None:
+        self._unsubscribe()
+        self.deployments.installer.on_death.remove(self._death)
+        for task in self._tasks:
+            task.cancel()
+
+    def _trouble(self, trouble: Trouble) -> None:
+        if trouble.digest != self.resident.model.digest:
+            return
+        if trouble.kind == "hang":
+            self.fault = SlotError("the slot left two requests in a row unanswered", code="DEVICE_HUNG")
+        else:
+            self.internal, self.last = self.internal + 1, trouble.error
+        self._woken.set()
+
+    def _death(self, seat: Any, error: SlotdError) -> None:
+        if seat.model.digest == self.resident.model.digest:
+            self.ready.clear()
+            task = asyncio.create_task(self._judge(seat.key, error), name="probation-judge")
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _judge(self, key: int, error: SlotdError) -> None:
+        """A death that one request caused does not count: the slot is loaded and proven again, and goes on."""
+        owner = self.deployments
+        tied = await owner.trials.verdict(key)
+        if owner.arbiter.executor_died(key, tied_to_request=tied) is not Verdict.RESTART:
+            self.fault = error
+        else:
+            try:
+                await owner.installer.release()
+                await owner.installer.program(self.resident.model)
+                await owner.installer.load(self.resident)
+                owner.installer.trust(self.resident, await owner.installer.prove(self.resident))
+                self.ready.set()
+            except SlotdError as second:
+                self.fault = second
+        self._woken.set()
+
+
+def _check_memory(resident: Resident, model: Model) -> None:
+    """Whether the host has room for one more executor of this size."""
+    need = int(resident.bridge.worker.ready.get("rss_bytes", 0)) if resident.bridge else 0
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            available = int(line.split()[1]) * 1024
+            if available < need * 1.2:
+                raise Refused(
+                    f"{model.name} needs {need >> 20} MiB in the slot's executor, the host has {available >> 20} MiB left",
+                    code="NO_MEMORY",
+                    hint="use a smaller model, or give the host more memory",
+                )
+
+
+_TOUCHING = {phase.value for phase in Phase if phase.touches_slot} | {"roll_back"}
+
+
+def _reached(row: dict[str, Any]) -> str:
+    phases = row.get("phases") or []
+    last = phases[-1] if phases else "the start"
+    return str(last["phase"]) if isinstance(last, dict) else str(last)
+
+
+def _new_id() -> str:
+    return f"d-{secrets.token_hex(5)}"

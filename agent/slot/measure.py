@@ -1,0 +1,53 @@
+"""How fast an executor is: a few runs when it is loaded, which also warm it up."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from pathlib import Path
+
+from agent.errors import DeadlineExceeded, ExecutorError
+from agent.executor.seat import Seat
+from agent.slot.proof import seeded_inputs
+
+RUNS = 4
+LONG_ENOUGH = 0.25
+"""Seconds of measuring after which no further run is made."""
+
+
+async def measure(seat: Seat, *, timeout: float) -> float:
+    """Seconds that one request takes on this executor, CPU time where other work was in the way.
+
+    Raises ExecutorError if a run fails or takes longer than `timeout` seconds: a model that cannot answer its own
+    made-up input cannot serve.
+    """
+    inputs = await asyncio.to_thread(seeded_inputs, seat.signature, seat.model, 0)
+    deadline = time.monotonic() + timeout
+    walls: list[float] = []
+    used = await asyncio.to_thread(_cpu_seconds, seat.worker.pid)
+    began = time.monotonic()
+    for _ in range(RUNS):
+        start = time.monotonic()
+        try:
+            await seat.run(inputs, int(deadline * 1e9))
+        except DeadlineExceeded:
+            raise ExecutorError(
+                f"one run of the model takes more than {timeout:g} s",
+                code="CALL_TIMEOUT",
+                hint="is there a loop in it?",
+            ) from None
+        walls.append(time.monotonic() - start)
+        if time.monotonic() - began > LONG_ENOUGH:
+            break
+    spent = (await asyncio.to_thread(_cpu_seconds, seat.worker.pid) - used) / len(walls)
+    best = min(walls)
+    return max(1e-5, min(best, spent) if spent > 0.5 * best else best)
+
+
+def _cpu_seconds(pid: int) -> float:
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -1,0 +1,229 @@
+"""The models that are loaded on the CPU: each with its bridge and its decoders, kept alive until dismissed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any
+
+import structlog
+
+from agent.config import Config
+from agent.errors import ExecutorError, SlotdError
+from agent.executor.client import DecodedMemory, Worker, launch_decoder, launch_model
+from agent.executor.seat import Decoders, Seat
+from agent.model.spec import Model
+from agent.serving.dataplane import Dataplane
+from agent.slot.arbiter import Arbiter, On
+from agent.slot.measure import measure
+
+log = structlog.get_logger(__name__)
+
+RESTART_FIRST = 0.2
+RESTART_MAX = 30.0
+HEALTHY = 60.0
+"""Seconds that an executor must live for its restart back-off to start anew."""
+
+
+@dataclass(eq=False)
+class Resident:
+    """One model on the CPU. `bridge` is None while it is being restarted, or if the model has no CPU twin."""
+
+    model: Model
+    decoders: Decoders = field(default_factory=Decoders)
+    memories: list[DecodedMemory] = field(default_factory=list)
+    bridge: Seat | None = None
+    service: float = 0.05
+    """Seconds that one request takes on the bridge, as measured when it was loaded."""
+    idle: bool = False
+    keepers: list[asyncio.Task[None]] = field(default_factory=list)
+
+    @property
+    def maps(self) -> tuple[int, ...]:
+        """Descriptors of the decoders' memory, for an executor to map."""
+        return tuple(memory.fd for memory in self.memories)
+
+
+class Residents:
+    """Starts, keeps and ends the executors on the CPU. A keeper that fails ends the daemon through `spawn`'s owner."""
+
+    def __init__(
+        self,
+        config: Config,
+        arbiter: Arbiter,
+        dataplane: Dataplane,
+        spawn: Callable[[Coroutine[Any, Any, None], str], asyncio.Task[None]],
+    ) -> None:
+        self.config = config
+        self.arbiter = arbiter
+        self.dataplane = dataplane
+        self._spawn = spawn
+        self.models: dict[str, Resident] = {}
+
+    async def admit(self, model: Model, *, idle: bool = False) -> Resident:
+        """Loads a model and keeps it loaded. `idle`: it runs only when nothing else wants the CPU.
+
+        Raises ExecutorError (with what the child says of the model) and leaves nothing behind.
+        """
+        if model.digest in self.models:
+            return self.models[model.digest]
+        resident = Resident(model, idle=idle)
+        try:
+            if model.spec.image is not None:
+                for number in range(self.config.decoder_count):
+                    resident.memories.append(DecodedMemory(self.config.executor.arena))
+                    resident.decoders.workers.append(await self._start_decoder(resident, number))
+            if model.spec.has_bridge:
+                self.arbiter.bridge_starting(model.digest)
+                await self._start_bridge(resident)
+        except BaseException:
+            self.arbiter.bridge_gone(model.digest)
+            await self._end(resident)
+            raise
+        self.models[model.digest] = resident
+        for number in range(len(resident.decoders.workers)):
+            resident.keepers.append(self._spawn(self._keep_decoder(resident, number), f"keep-decoder-{number}"))
+        if resident.bridge is not None:
+            resident.keepers.append(self._spawn(self._keep_bridge(resident), f"keep-bridge-{model.name}"))
+        return resident
+
+    def lift(self, resident: Resident) -> None:
+        """From now on it matters to clients: normal priority."""
+        resident.idle = False
+        for worker in (*resident.decoders.workers, *([resident.bridge.worker] if resident.bridge else [])):
+            worker.normal_priority()
+
+    async def dismiss(self, digest: str) -> None:
+        """Ends a model's executors after the requests in their hands."""
+        resident = self.models.pop(digest, None)
+        if resident is None:
+            return
+        self.arbiter.bridge_gone(digest)
+        for keeper in resident.keepers:
+            keeper.cancel()
+        await asyncio.gather(*resident.keepers, return_exceptions=True)
+        loop = asyncio.get_running_loop()
+        until = loop.time() + self.config.slot.drain_timeout
+        while resident.bridge is not None and resident.bridge.worker.in_flight and loop.time() < until:
+            await asyncio.sleep(0.01)
+        await self._end(resident)
+
+    async def close(self) -> None:
+        """Ends them all."""
+        await asyncio.gather(*(self.dismiss(digest) for digest in tuple(self.models)))
+
+    # --- disposable ones, for requests whose executor died --------------------------------------------------------------
+
+    async def spawn_disposable(self, seat: Seat, own_decoder: bool) -> Seat:
+        """A CPU executor for the model of `seat`, for one request at a time."""
+        resident = self.models.get(seat.model.digest)
+        if resident is None or not seat.model.spec.has_bridge:
+            raise ExecutorError("the executor ended, and this model has no CPU twin to try the request again on")
+        decoders, maps = resident.decoders, resident.maps
+        memory: DecodedMemory | None = None
+        if own_decoder and seat.model.spec.image is not None:
+            memory = DecodedMemory(self.config.executor.arena)
+            decoders, maps = Decoders(), (memory.fd,)
+            decoders.workers.append(
+                await Worker.start(
+                    launch_decoder(self.config, seat.model, memory, role="disposable-decoder"),
+                    timeout=self.config.slot.load_timeout,
+                )
+            )
+        try:
+            launch = launch_model(self.config, seat.model, "cpu", role="disposable", maps=maps)
+            worker = await Worker.start(launch, timeout=self.config.slot.load_timeout)
+        except BaseException:
+            if memory is not None:
+                await asyncio.shield(self._stop_decoders(decoders, [memory]))
+            raise
+        return Seat.of(seat.model, On.BRIDGE.value, worker, decoders)
+
+    async def discard_disposable(self, seat: Seat) -> None:
+        """Ends it."""
+        resident = self.models.get(seat.model.digest)
+        await seat.worker.stop(grace=self.config.slot.stop_timeout)
+        if resident is None or seat.decoders is not resident.decoders:
+            await self._stop_decoders(seat.decoders, [])
+
+    # --- starting and keeping -------------------------------------------------------------------------------------------
+
+    async def _start_decoder(self, resident: Resident, number: int) -> Worker:
+        launch = launch_decoder(
+            self.config, resident.model, resident.memories[number], role=f"decoder-{number}", idle=resident.idle
+        )
+        return await Worker.start(launch, timeout=self.config.slot.load_timeout)
+
+    async def _start_bridge(self, resident: Resident) -> Seat:
+        launch = launch_model(self.config, resident.model, "cpu", role="bridge", maps=resident.maps, idle=resident.idle)
+        worker = await Worker.start(launch, timeout=self.config.slot.load_timeout)
+        seat = Seat.of(resident.model, On.BRIDGE.value, worker, resident.decoders)
+        try:
+            resident.service = await measure(seat, timeout=self.config.slot.load_timeout)
+        except BaseException:
+            seat.retired = True
+            await asyncio.shield(worker.stop(grace=self.config.slot.stop_timeout))
+            raise
+        resident.bridge = seat
+        self.dataplane.seat(seat, on=On.BRIDGE, service=resident.service)
+        self.arbiter.bridge_ready(resident.model.digest, seat.key)
+        return seat
+
+    async def _keep_bridge(self, resident: Resident) -> None:
+        loop = asyncio.get_running_loop()
+        delay, born = 0.0, loop.time()
+        while True:
+            bridge = resident.bridge
+            if bridge is not None:
+                end = await asyncio.shield(bridge.worker.died)
+                log.error("bridge_died", model=resident.model.name, exit=str(end))
+                self._lost(resident, bridge)
+                delay = 0.0 if loop.time() - born > HEALTHY else min(RESTART_MAX, max(RESTART_FIRST, delay * 2))
+            if delay:
+                await asyncio.sleep(delay)
+            born = loop.time()
+            self.arbiter.bridge_starting(resident.model.digest)
+            try:
+                await self._start_bridge(resident)
+            except SlotdError as error:
+                log.error("bridge_restart_failed", model=resident.model.name, error=str(error))
+                self.arbiter.bridge_gone(resident.model.digest)
+                delay = min(RESTART_MAX, max(RESTART_FIRST, delay * 2))
+
+    def _lost(self, resident: Resident, bridge: Seat) -> None:
+        resident.bridge = None
+        self.arbiter.bridge_starting(resident.model.digest)
+        self.arbiter.bridge_gone(resident.model.digest, bridge.key)
+        self.dataplane.unseat(bridge.key)
+
+    async def _keep_decoder(self, resident: Resident, number: int) -> None:
+        delay = 0.0
+        loop = asyncio.get_running_loop()
+        while True:
+            born = loop.time()
+            end = await asyncio.shield(resident.decoders.workers[number].died)
+            log.error("decoder_died", model=resident.model.name, exit=str(end))
+            delay = 0.0 if loop.time() - born > HEALTHY else min(RESTART_MAX, max(RESTART_FIRST, delay * 2))
+            while True:
+                await asyncio.sleep(delay)
+                try:
+                    resident.decoders.workers[number] = await self._start_decoder(resident, number)
+                    break
+                except SlotdError as error:
+                    log.error("decoder_restart_failed", model=resident.model.name, error=str(error))
+                    delay = min(RESTART_MAX, max(RESTART_FIRST, delay * 2))
+
+    async def _end(self, resident: Resident) -> None:
+        grace = self.config.slot.stop_timeout
+        bridge, resident.bridge = resident.bridge, None
+        if bridge is not None:
+            bridge.retired = True
+            self.dataplane.unseat(bridge.key)
+            await bridge.worker.stop(grace=grace)
+        await self._stop_decoders(resident.decoders, resident.memories)
+
+    async def _stop_decoders(self, decoders: Decoders, memories: list[DecodedMemory]) -> None:
+        await asyncio.gather(*(worker.stop(grace=self.config.slot.stop_timeout) for worker in decoders.workers))
+        for memory in memories:
+            memory.close()
