@@ -1,0 +1,86 @@
+# `make` alone prints what there is.
+PYTHON ?= python3
+VENV := .venv
+VENV_DEMO := .venv-demo
+VENV_TENSORFLOW := .venv-tensorflow
+PYTEST = $(VENV)/bin/python -m pytest
+# What the tests start as real parts, and the Debian packages that bring it.
+TOOLS := mosquitto mosquitto_pub docker-registry htpasswd skopeo umoci
+PACKAGES := python3-venv mosquitto mosquitto-clients docker-registry apache2-utils skopeo umoci
+export PATH := $(PATH):/usr/sbin:/sbin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_ROOT_USER_ACTION := ignore
+
+.DEFAULT_GOAL := help
+.PHONY: help venv tools lint format test test-long test-tensorflow demo protos bench clean
+
+help: ## Print this
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-24s %s\n", $$1, $$2}'
+
+# A virtual environment in $(1) with `pip install $(2)`; made anew where an interrupted one was left behind.
+define environment
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "make: $(PYTHON) is older than 3.11; use make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || $(call apt,python3-venv)
+	@test -x $(1)/bin/pip || { rm -rf $(1); $(PYTHON) -m venv $(1); }
+	@echo "make: installing into $(1) (a few minutes the first time)"
+	@$(1)/bin/pip install -q $(2)
+	@touch $(1)/.installed
+endef
+
+# Install Debian packages as root; tell what is missing otherwise.
+apt = if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    echo "make: installing Debian packages: $(1)"; \
+	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(1) >/dev/null; \
+	  else \
+	    echo "make: something is missing. On Debian or Ubuntu: sudo apt-get install $(1)" >&2; exit 1; \
+	  fi
+
+venv: $(VENV)/.installed ## Make .venv with slotd and what its development needs
+
+$(VENV)/.installed: pyproject.toml
+	$(call environment,$(VENV),-e '.[dev]')
+
+$(VENV_DEMO)/.installed: pyproject.toml
+	$(call environment,$(VENV_DEMO),-e '.[demo]')
+
+$(VENV_TENSORFLOW)/.installed: Makefile
+	$(call environment,$(VENV_TENSORFLOW),tensorflow-cpu==2.21.0 numpy simplejpeg pillow)
+
+tools: ## Install the real broker, registry and tools that tests start
+	@for tool in $(TOOLS); do command -v $$tool >/dev/null || missing="$$missing $$tool"; done; \
+	  if [ -n "$$missing" ]; then echo "make: not found:$$missing"; $(call apt,$(PACKAGES)); fi
+
+lint: venv ## ruff, mypy --strict, import contracts
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+format: venv ## Format the sources
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+test: venv tools lint ## Everything that must pass before anything lands
+	$(PYTEST) -q -m "not long and not tensorflow"
+
+test-long: venv tools ## The tests that take minutes
+	$(PYTEST) -q -m long
+
+test-tensorflow: venv $(VENV_TENSORFLOW)/.installed ## Preprocessing against real TensorFlow, in an environment of its own
+	SLOTD_TENSORFLOW=$(CURDIR)/$(VENV_TENSORFLOW)/bin/python $(PYTEST) -q -m tensorflow
+
+demo: $(VENV_DEMO)/.installed ## Two real models, swapped under load, on this machine alone
+	@$(VENV_DEMO)/bin/slotd demo
+
+bench: venv ## Measurements; nothing passes or fails
+	$(PYTEST) -q -s tests/bench
+
+protos: venv ## Compile the .proto files
+	cd agent/serving/protos && $(CURDIR)/$(VENV)/bin/python -m grpc_tools.protoc -I. --include_imports \
+	  --descriptor_set_out=slotd.binpb tensorflow.proto prediction_service.proto
+
+clean: ## Remove environments, caches and builds
+	rm -rf $(VENV) $(VENV_DEMO) $(VENV_TENSORFLOW) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis \
+	  .import_linter_cache
+	find agent drivers tests -name __pycache__ -type d -prune -exec rm -rf {} +
