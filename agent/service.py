@@ -30,7 +30,7 @@ def notify(state: str, *, wait: float = 0.0) -> bool:
     return True
 
 
-def ready(text: str = "") -> bool:
+def notify_ready(text: str = "") -> bool:
     """Tell that the ports are open. The one message that may wait: without it systemd ends the service."""
     lines = ["READY=1", f"MAINPID={os.getpid()}"]
     if text:
@@ -38,12 +38,12 @@ def ready(text: str = "") -> bool:
     return notify("\n".join(lines), wait=1.0)
 
 
-def status(text: str) -> bool:
+def notify_status(text: str) -> bool:
     """Set the line that `systemctl status` shows."""
     return notify(f"STATUS={_line(text)}")
 
 
-def stopping(text: str = "stopping") -> bool:
+def notify_stopping(text: str = "stopping") -> bool:
     """Tell that an ordered stop has begun."""
     return notify(f"STOPPING=1\nSTATUS={_line(text)}", wait=0.1)
 

@@ -31,44 +31,44 @@ def manager(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
 
 
 def test_each_message_as_systemd_reads_it(manager: socket.socket) -> None:
-    assert service.ready("serving\nREADY=0")
+    assert service.notify_ready("serving\nREADY=0")
     assert manager.recv(4096).decode().split("\n") == ["READY=1", f"MAINPID={os.getpid()}", "STATUS=serving READY=0"]
-    assert service.ready()
+    assert service.notify_ready()
     assert manager.recv(4096).decode() == f"READY=1\nMAINPID={os.getpid()}"
-    assert service.status("slot: resnet50 3")
+    assert service.notify_status("slot: resnet50 3")
     assert manager.recv(4096) == b"STATUS=slot: resnet50 3"
-    assert service.stopping()
+    assert service.notify_stopping()
     assert manager.recv(4096) == b"STOPPING=1\nSTATUS=stopping"
     assert service.extend_timeout(1.5)
     assert manager.recv(4096) == b"EXTEND_TIMEOUT_USEC=1500000"
 
 
 def test_a_status_is_one_bounded_line(manager: socket.socket) -> None:
-    assert service.status("x\n" * 100_000)
+    assert service.notify_status("x\n" * 100_000)
     line = manager.recv(1 << 20).decode()
     assert "\n" not in line
     assert len(line) == len("STATUS=") + service.MAX_STATUS
 
 
 def test_nothing_happens_outside_a_service() -> None:
-    assert not service.ready()
+    assert not service.notify_ready()
     assert not service.notify("STATUS=nobody listens")
 
 
 @pytest.mark.parametrize("name", ["relative", "vsock:2:1234", "/" + "x" * 200, "/nowhere/notify"])
 def test_an_address_that_cannot_be_used_is_no_error(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NOTIFY_SOCKET", name)
-    assert not service.ready()
+    assert not service.notify_ready()
 
 
 def test_a_manager_that_went_away_is_no_error(manager: socket.socket) -> None:
     manager.close()
-    assert not service.status("still here")
+    assert not service.notify_status("still here")
 
 
 def test_a_full_queue_never_blocks(manager: socket.socket) -> None:
     sent = 0
-    while service.status("x" * 900) and sent < 100_000:
+    while service.notify_status("x" * 900) and sent < 100_000:
         sent += 1
     assert 0 < sent < 100_000, "the socket's queue filled and the call came back"
 
