@@ -230,7 +230,8 @@ class Arbiter:
                 )
             )
         turn = self.running
-        draining = self.swapping and turn is not None and not turn.rolling_back and self.serving == self.committed
+        phase = turn.phase if turn is not None and not turn.rolling_back else None
+        draining = phase is not None and phase.touches_slot and not phase.candidate_answers
         if self.slot is not None and self.slot.digest == digest and self.slot.trusted and not draining:
             return Answerer(self.slot.key, digest, On.SLOT)
         if self.swapping and self.continuity is Continuity.REJECT:

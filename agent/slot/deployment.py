@@ -6,44 +6,25 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
 import structlog
 
 from agent.config import Config
-from agent.errors import (
-    Cancelled,
-    Interrupted,
-    NotFound,
-    ProofFailed,
-    Refused,
-    SlotdError,
-    SlotError,
-)
+from agent.errors import Cancelled, Interrupted, NotFound, SlotdError
 from agent.journal.boot import BootRecord, ModelRef, write_boot
 from agent.journal.database import Journal
 from agent.model.spec import Model
 from agent.model.wish import Wish
-from agent.serving.dataplane import Dataplane, Trouble
+from agent.serving.dataplane import Dataplane
 from agent.serving.trials import Trials
-from agent.slot.arbiter import (
-    Arbiter,
-    AtBoundary,
-    Continuity,
-    Ended,
-    Interrupt,
-    Joined,
-    Outcome,
-    Phase,
-    Queued,
-    Start,
-    Turn,
-    Verdict,
-)
-from agent.slot.installer import Installer, prove_seat
+from agent.slot.arbiter import Arbiter, AtBoundary, Ended, Interrupt, Joined, Outcome, Phase, Queued, Start, Turn
+from agent.slot.attempt import Deployment
+from agent.slot.installer import Installer
+from agent.slot.preflight import check_slot, preflight
+from agent.slot.probation import Probation
 from agent.slot.recovery import Recovery
 from agent.slot.residents import Resident, Residents
 
@@ -75,69 +56,6 @@ class Images(Protocol):
 
     async def collect(self, keep: set[str]) -> int:
         """Removes what is not in `keep`; bytes freed."""
-
-
-@dataclass
-class Deployment:
-    """One attempt, as everybody sees it."""
-
-    id: str
-    wish: Wish | None
-    actor: str
-    turn: Turn
-    kind: str = "deploy"
-    digest: str | None = None
-    name: str | None = None
-    version: str | None = None
-    phases: list[tuple[str, float]] = field(default_factory=list)
-    progress: dict[str, Any] = field(default_factory=dict)
-    outcome: Outcome | None = None
-    error: SlotdError | None = None
-    host: str = ""
-    notes: dict[str, Any] = field(default_factory=dict)
-    started: datetime = field(default_factory=lambda: datetime.now(UTC))
-    began: float = field(default_factory=time.monotonic)
-    seconds: float | None = None
-    done: asyncio.Event = field(default_factory=asyncio.Event)
-    called_off: asyncio.Event = field(default_factory=asyncio.Event)
-    _phase_began: float = 0.0
-
-    @property
-    def phase(self) -> str | None:
-        return self.phases[-1][0] if self.phases else None
-
-    def entered(self, phase: str) -> None:
-        """A phase begins; the one before it has its time."""
-        now = time.monotonic()
-        if self.phases:
-            self.phases[-1] = (self.phases[-1][0], now - self._phase_began)
-        self.phases.append((phase, 0.0))
-        self._phase_began = now
-
-    def as_dict(self) -> dict[str, Any]:
-        """As `task`, `status` and `reported` show it."""
-        now = time.monotonic()
-        phases = [{"phase": name, "seconds": round(seconds, 3)} for name, seconds in self.phases]
-        if phases and self.outcome is None:
-            phases[-1]["seconds"] = round(now - self._phase_began, 3)
-        return {
-            "id": self.id,
-            "kind": self.kind,
-            "reference": self.wish.reference if self.wish else None,
-            "digest": self.digest,
-            "name": self.name,
-            "version": self.version,
-            "actor": self.actor,
-            "phase": self.phase,
-            "phases": phases,
-            "progress": dict(self.progress),
-            "outcome": self.outcome.value if self.outcome else None,
-            "error": self.error.as_dict() if self.error else None,
-            "host": self.host,
-            "notes": dict(self.notes),
-            "started": self.started.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
-            "seconds": round(self.seconds if self.seconds is not None else now - self.began, 3),
-        }
 
 
 class Deployments:
@@ -177,7 +95,7 @@ class Deployments:
         self._task: asyncio.Task[None] | None = None
         self._watchers: set[asyncio.Event] = set()
 
-    # --- what commands ask ----------------------------------------------------------------------------------------------
+    # --- what commands ask --------------------------------------------------------------------------------------------
 
     async def deploy(self, wish: Wish, actor: str, *, resumed: bool = False) -> Deployment:
         """Starts it, queues it, or finds that it is being done. Raises Refused, Unavailable."""
@@ -298,7 +216,7 @@ class Deployments:
             self._task.cancel()
             await asyncio.wait((self._task,))
 
-    # --- the procedure --------------------------------------------------------------------------------------------------
+    # --- the procedure ------------------------------------------------------------------------------------------------
 
     async def _ask(self, deployment: Deployment) -> Deployment:
         deployment.turn.id = deployment.id
@@ -389,20 +307,25 @@ class Deployments:
         model = await self._bring(deployment, deployment.wish)
         if model is None:
             return Outcome.UNCHANGED
-        resident = await self._preflight(deployment, deployment.wish, model)
+        wish = deployment.wish
+        await self._enter(deployment, Phase.PREFLIGHT)
+        committed = self.residents.models.get(self.arbiter.committed or "")
+        resident = await preflight(
+            self.config, self.installer.driver, self.residents, self.dataplane, deployment, wish, model, committed
+        )
         async with self.installer.lock:
             attempts = await self.journal.count_attempt(model.digest)
             deployment.notes["attempt"] = attempts
             await self._drain(deployment)
             proven = await self.installer.install(
-                resident, lambda phase: self._enter(deployment, phase), force=deployment.wish.force
+                resident, lambda phase: self._enter(deployment, phase), force=wish.force
             )
             deployment.notes["proof"] = proven.report.as_dict()
             self.residents.lift(resident)
             self.installer.trust(resident, proven.report)
             await self._enter(deployment, Phase.SWITCH)
             self.dataplane.changed()
-            await self._probation(deployment, deployment.wish, resident)
+            await self._probation(deployment, wish, resident)
             await self._commit(deployment, model)
         return Outcome.COMMITTED
 
@@ -429,76 +352,8 @@ class Deployments:
         await self._enter(deployment, Phase.INSPECT)
         model = await self.images.model(digest, wish.reference)
         deployment.name, deployment.version = model.name, model.spec.version
-        continuity = Continuity(self.config.swap.continuity)
-        if not model.spec.has_bridge and continuity is Continuity.BRIDGE and not wish.accept_dark:
-            raise Refused(
-                f"{model.name} has no CPU twin, so nothing could answer while the slot is reprogrammed",
-                code="NO_BRIDGE",
-                hint="deploy with --accept-dark, or set swap.continuity to queue or reject",
-            )
-        state = await self.installer.probe()
-        section = model.spec.slot
-        if section is not None and state.present and state.shell is not None and state.shell != section.interface:
-            raise Refused(
-                f"the image is for shell {section.interface}, this slot has {state.shell}",
-                code="INCOMPATIBLE_BITSTREAM",
-                field="model.yaml: slot.interface",
-                hint="build the bitstream for this host's shell",
-            )
+        check_slot(self.config, wish, model, await self.installer.probe())
         return model
-
-    async def _preflight(self, deployment: Deployment, wish: Wish, model: Model) -> Resident:
-        """The new model on the CPU: loads, answers its golden cases, fits the host and its clients."""
-        await self._enter(deployment, Phase.PREFLIGHT)
-        again = model.digest in self.residents.models
-        resident = await self.residents.admit(model, idle=True)
-        if resident.bridge is not None:
-            if not again:
-                deployment.notes["preflight"] = (
-                    await prove_seat(resident.bridge, None, self.installer.driver, self.config, seed=0)
-                ).as_dict()
-            self._check_signature(wish, resident)
-            _check_memory(resident, model)
-            await self._check_load(deployment, resident)
-        return resident
-
-    def _check_signature(self, wish: Wish, resident: Resident) -> None:
-        committed = self.residents.models.get(self.boot.committed.digest) if self.boot.committed else None
-        allowed = self.config.swap.allow_signature_change
-        if wish.allow_signature_change is not None:
-            allowed = wish.allow_signature_change
-        if committed is None or committed.bridge is None or resident.bridge is None or allowed:
-            return
-        differences = committed.bridge.signature.differences(resident.bridge.signature)
-        if differences:
-            raise Refused(
-                f"clients of {committed.model.name} would break: {'; '.join(differences[:4])}",
-                code="SIGNATURE_CHANGED",
-                hint="deploy with --allow-signature-change if the clients know",
-            )
-
-    async def _check_load(self, deployment: Deployment, resident: Resident) -> None:
-        """Whether the committed model's bridge can carry the load while the slot is away."""
-        committed = self.residents.models.get(self.arbiter.committed or "")
-        if committed is None or committed.bridge is None:
-            return
-        capacity, load = 1.0 / committed.service, self.dataplane.load()
-        deployment.notes["bridge"] = {
-            "capacity_per_s": round(capacity, 1),
-            "load_per_s": round(load, 1),
-            "shed_per_s": round(max(0.0, load - capacity), 1),
-        }
-        policy = self.config.swap.on_weak_bridge
-        if load <= capacity or policy == "proceed" or self.config.swap.continuity != "bridge":
-            return
-        if policy == "refuse":
-            raise Refused(
-                f"clients send {load:.0f} requests a second, the bridge answers {capacity:.0f}",
-                code="WEAK_BRIDGE",
-                hint="deploy when it is quieter, or set swap.on_weak_bridge to proceed or wait_for_quiet",
-            )
-        while self.dataplane.load() > capacity:
-            await asyncio.sleep(1.0)
 
     async def _drain(self, deployment: Deployment) -> None:
         """New requests go to the bridge; those in the slot get their time."""
@@ -508,55 +363,16 @@ class Deployments:
         if seat is None:
             return
         until = time.monotonic() + self.config.slot.drain_timeout
-        while self.dataplane.busy(seat.key) and time.monotonic() < until and seat.worker.alive:
+        while self.dataplane.busy(seat.key) and time.monotonic() < until and seat.worker.alive:  # noqa: ASYNC110
             await asyncio.sleep(0.005)
         deployment.notes["left_at_drain"] = self.dataplane.busy(seat.key)
 
     async def _probation(self, deployment: Deployment, wish: Wish, resident: Resident) -> None:
-        """The new model serves; it is committed when enough time and requests have gone well."""
+        """The new model serves; it goes on when enough time and requests have gone well."""
         await self._enter(deployment, Phase.PROBATION)
         rules = self.config.swap.probation
-        duration = wish.probation if wish.probation is not None else rules.duration
-        until = time.monotonic() + duration
-        watch = _Watch(self, resident)
-        base, counted = self._answers(), 0
-        try:
-            while True:
-                if watch.fault is not None:
-                    raise watch.fault
-                if deployment.called_off.is_set() and deployment.turn.called_off is not None:
-                    raise deployment.turn.called_off
-                answers = self._answers() - base + counted
-                deployment.notes["probation"] = {"answers": answers, "proof_cases": counted}
-                left = until - time.monotonic()
-                if left <= 0 and answers >= rules.min_requests:
-                    return
-                if watch.internal > max(1, rules.max_internal_rate * max(answers, 20)):
-                    raise ProofFailed(
-                        f"{watch.internal} of {answers} requests ended INTERNAL",
-                        code="TOO_MANY_ERRORS",
-                        hint=str(watch.last),
-                    )
-                await self._check_health()
-                if left <= duration / 2 and answers < rules.min_requests and watch.ready.is_set():
-                    report = await self.installer.prove(resident, seed=counted + 1)
-                    counted += max(1, report.cases)
-                    continue
-                await watch.wait(min(0.25, max(0.01, left)), deployment.called_off)
-        finally:
-            watch.close()
-
-    def _answers(self) -> int:
-        return self.dataplane.counters.by_slot
-
-    async def _check_health(self) -> None:
-        health = await asyncio.to_thread(self.installer.driver.health)
-        if health.tripped:
-            raise SlotError(
-                f"the slot is too hot ({health.temperature_c} °C) and has tripped",
-                code="OVER_TEMPERATURE",
-                hint="check the card's cooling",
-            )
+        watch = Probation(rules, self.arbiter, self.dataplane, self.installer, self.trials, resident)
+        await watch.watch(deployment, rules.duration if wish.probation is None else wish.probation)
 
     async def _commit(self, deployment: Deployment, model: Model | None) -> None:
         """boot.json names the new model: from here on it is what the host boots into."""
@@ -665,86 +481,6 @@ class Deployments:
             event.set()
         if self.arbiter.on_change is not None:
             self.arbiter.on_change()
-
-
-class _Watch:
-    """What speaks against a model in probation."""
-
-    def __init__(self, deployments: Deployments, resident: Resident) -> None:
-        self.deployments = deployments
-        self.resident = resident
-        self.fault: SlotdError | None = None
-        self.internal = 0
-        self.last: SlotdError | None = None
-        self.ready = asyncio.Event()
-        self.ready.set()
-        self._woken = asyncio.Event()
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._unsubscribe = deployments.dataplane.on_trouble(self._trouble)
-        deployments.installer.on_death.append(self._death)
-
-    async def wait(self, seconds: float, called_off: asyncio.Event) -> None:
-        """Until something happens, at most so long."""
-        waits = [asyncio.ensure_future(event.wait()) for event in (self._woken, called_off)]
-        try:
-            await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for one in waits:
-                one.cancel()
-        self._woken.clear()
-
-    def close(self) -> None:
-        self._unsubscribe()
-        self.deployments.installer.on_death.remove(self._death)
-        for task in self._tasks:
-            task.cancel()
-
-    def _trouble(self, trouble: Trouble) -> None:
-        if trouble.digest != self.resident.model.digest:
-            return
-        if trouble.kind == "hang":
-            self.fault = SlotError("the slot left two requests in a row unanswered", code="DEVICE_HUNG")
-        else:
-            self.internal, self.last = self.internal + 1, trouble.error
-        self._woken.set()
-
-    def _death(self, seat: Any, error: SlotdError) -> None:
-        if seat.model.digest == self.resident.model.digest:
-            self.ready.clear()
-            task = asyncio.create_task(self._judge(seat.key, error), name="probation-judge")
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-
-    async def _judge(self, key: int, error: SlotdError) -> None:
-        """A death that one request caused does not count: the slot is loaded and proven again, and goes on."""
-        owner = self.deployments
-        tied = await owner.trials.verdict(key)
-        if owner.arbiter.executor_died(key, tied_to_request=tied) is not Verdict.RESTART:
-            self.fault = error
-        else:
-            try:
-                await owner.installer.release()
-                await owner.installer.program(self.resident.model)
-                await owner.installer.load(self.resident)
-                owner.installer.trust(self.resident, await owner.installer.prove(self.resident))
-                self.ready.set()
-            except SlotdError as second:
-                self.fault = second
-        self._woken.set()
-
-
-def _check_memory(resident: Resident, model: Model) -> None:
-    """Whether the host has room for one more executor of this size."""
-    need = int(resident.bridge.worker.ready.get("rss_bytes", 0)) if resident.bridge else 0
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            available = int(line.split()[1]) * 1024
-            if available < need * 1.2:
-                raise Refused(
-                    f"{model.name} needs {need >> 20} MiB in the slot's executor, the host has {available >> 20} MiB left",
-                    code="NO_MEMORY",
-                    hint="use a smaller model, or give the host more memory",
-                )
 
 
 _TOUCHING = {phase.value for phase in Phase if phase.touches_slot} | {"roll_back"}

@@ -105,7 +105,7 @@ class Residents:
         await asyncio.gather(*resident.keepers, return_exceptions=True)
         loop = asyncio.get_running_loop()
         until = loop.time() + self.config.slot.drain_timeout
-        while resident.bridge is not None and resident.bridge.worker.in_flight and loop.time() < until:
+        while (bridge := resident.bridge) is not None and bridge.worker.in_flight and loop.time() < until:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         await self._end(resident)
 
@@ -113,7 +113,7 @@ class Residents:
         """Ends them all."""
         await asyncio.gather(*(self.dismiss(digest) for digest in tuple(self.models)))
 
-    # --- disposable ones, for requests whose executor died --------------------------------------------------------------
+    # --- disposable ones, for requests whose executor died ------------------------------------------------------------
 
     async def spawn_disposable(self, seat: Seat, own_decoder: bool) -> Seat:
         """A CPU executor for the model of `seat`, for one request at a time."""
@@ -147,7 +147,7 @@ class Residents:
         if resident is None or seat.decoders is not resident.decoders:
             await self._stop_decoders(seat.decoders, [])
 
-    # --- starting and keeping -------------------------------------------------------------------------------------------
+    # --- starting and keeping -----------------------------------------------------------------------------------------
 
     async def _start_decoder(self, resident: Resident, number: int) -> Worker:
         launch = launch_decoder(
