@@ -1,0 +1,94 @@
+"""The hash list of an unpacked model: what every file must be, kept beside them as `.hashes.json`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from agent.errors import NotFound, StorageError
+from agent.images.blobs import DAMAGED, open_regular
+
+NAME = ".hashes.json"
+MAX_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class HashList:
+    """`files`: path inside the model to (sha256 in hex, size in bytes)."""
+
+    digest: str
+    reference: str
+    files: dict[str, tuple[str, int]]
+
+    def dump(self) -> bytes:
+        """As it is written; a checksum covers the list itself."""
+        document = {
+            "digest": self.digest,
+            "reference": self.reference,
+            "files": {path: {"sha256": sha256, "size": size} for path, (sha256, size) in sorted(self.files.items())},
+        }
+        return json.dumps(document | {"checksum": _checksum(document)}, indent=1).encode()
+
+
+def _checksum(document: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def read_hashes(folder: Path) -> HashList:
+    """The list in `folder`, itself verified. Raises NotFound (no such model), StorageError (damaged)."""
+    path = folder / NAME
+    try:
+        with open_regular(path) as file:
+            data = file.read(MAX_BYTES)
+    except FileNotFoundError:
+        raise NotFound(f"no unpacked model at {folder}", hint="deploy the image") from None
+    except OSError as error:
+        raise StorageError(f"cannot be read: {error.strerror}", field=str(path), hint=DAMAGED) from None
+    try:
+        document = json.loads(data)
+        checksum = document.pop("checksum")
+        files = {path: (str(item["sha256"]), int(item["size"])) for path, item in document["files"].items()}
+        found = HashList(str(document["digest"]), str(document["reference"]), files)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise StorageError("is damaged", field=str(path), hint=DAMAGED) from None
+    if checksum != _checksum(document):
+        raise StorageError("is damaged: its checksum is wrong", field=str(path), hint=DAMAGED)
+    return found
+
+
+def verify_hashes(folder: Path) -> HashList:
+    """Read every byte of the model in `folder`. Raises NotFound, StorageError naming the first file at fault."""
+    listed = read_hashes(folder)
+    for path in _walk(folder, ""):
+        if path != NAME and path not in listed.files:
+            raise StorageError("does not belong to the model", field=str(folder / path), hint=DAMAGED)
+    for path, (sha256, size) in listed.files.items():
+        where = folder / path
+        try:
+            with open_regular(where) as file:
+                found = os.fstat(file.fileno()).st_size
+                if found != size:
+                    raise StorageError(f"has {found} bytes instead of {size}", field=str(where), hint=DAMAGED)
+                if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                    raise StorageError("its content has changed on the disk", field=str(where), hint=DAMAGED)
+        except OSError as error:
+            raise StorageError(f"cannot be read: {error.strerror}", field=str(where), hint=DAMAGED) from None
+    return listed
+
+
+def _walk(folder: Path, prefix: str) -> list[str]:
+    """Every name below `folder` that is not a folder; links are names, never followed."""
+    found: list[str] = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                found += _walk(folder / entry.name, f"{prefix}{entry.name}/")
+            elif entry.is_symlink():
+                raise StorageError("is a symlink, which slotd never makes", field=entry.path, hint=DAMAGED)
+            else:
+                found.append(prefix + entry.name)
+    return found
