@@ -66,8 +66,12 @@ def _check_size(width: int, height: int) -> None:
 def _jpeg(item: bytes) -> Pixels:
     try:
         height, width, space, _ = simplejpeg.decode_jpeg_header(item, strict=False)
+    except KeyError:  # simplejpeg's look-up of a colour space that is not known
+        raise InvalidInput("is not a readable JPEG picture: its header is invalid") from None
     except ValueError as error:
         raise InvalidInput(f"is not a readable JPEG picture: {error}") from None
+    if height <= 0 or width <= 0:
+        raise InvalidInput("is not a readable JPEG picture: its header is invalid")
     _check_size(width, height)
     if _is_progressive(item) and (scans := item.count(b"\xff\xda")) > MAX_SCANS:
         raise InvalidInput(f"is a JPEG picture in {scans} passes, more than {MAX_SCANS}")
@@ -84,7 +88,8 @@ def _decode_jpeg(item: bytes, space: str) -> Pixels:
         if "Premature end of JPEG" in str(error) or item.rfind(b"\xff\xd9") < item.rfind(b"\xff\xda"):
             raise InvalidInput("is a truncated JPEG picture") from None
     try:
-        return _turbo(item, space, strict=False)
+        # simplejpeg forgives warnings over the data only, not those over the header.
+        return _turbo(_with_clean_header(item), space, strict=False)
     except ValueError as error:
         raise InvalidInput(f"is not a readable JPEG picture: {error}") from None
 
@@ -103,26 +108,45 @@ def _from_cmyk(cmyk: Pixels, *, inverted: bool) -> Pixels:
     return colours.astype(np.uint8)
 
 
-def _segments(item: bytes) -> Iterator[tuple[int, int]]:
-    """(marker, offset of its content) of a JPEG's segments before the first scan; ends at anything odd."""
+def _segments(item: bytes) -> Iterator[tuple[int, int, int]]:
+    """(marker, start and end of its content) of a JPEG's segments up to the first scan's, skipping stray bytes."""
     at = 2
-    while at + 4 <= len(item) and item[at] == 0xFF:
-        marker = item[at + 1]
-        if marker == 0xFF:  # fill byte
+    while (at := item.find(b"\xff", at)) >= 0:
+        while item[at : at + 1] == b"\xff":  # any number of fill bytes
             at += 1
+        if at + 3 > len(item):
+            return
+        marker = item[at]
+        at += 1
+        if marker in (0x00, 0x01) or 0xD0 <= marker <= 0xD7:  # these have no content
             continue
+        end = at + int.from_bytes(item[at : at + 2], "big")
+        yield marker, at + 2, end
         if marker == 0xDA:
             return
-        yield marker, at + 4
-        at += 2 + int.from_bytes(item[at + 2 : at + 4], "big")
+        at = max(end, at + 2)
+
+
+def _with_clean_header(item: bytes) -> bytes:
+    """The same picture without stray bytes, metadata and odd JFIF versions, so that libjpeg has no word about it."""
+    parts = [b"\xff\xd8"]
+    for marker, start, end in _segments(item):
+        if marker == 0xDA:
+            return b"".join([*parts, item[start - 4 :]])
+        content = item[start - 2 : end]
+        if marker == 0xE0 and content[2:7] == b"JFIF\0":
+            content = content[:7] + b"\1" + content[8:]
+        if not (0xE1 <= marker <= 0xED or marker in (0xEF, 0xFE)):
+            parts += [bytes((0xFF, marker)), content]
+    return item
 
 
 def _is_progressive(item: bytes) -> bool:
-    return any(marker in (0xC2, 0xC6, 0xCA, 0xCE) for marker, _ in _segments(item))
+    return any(marker in (0xC2, 0xC6, 0xCA, 0xCE) for marker, _, _ in _segments(item))
 
 
 def _has_adobe_marker(item: bytes) -> bool:
-    return any(marker == 0xEE and item.startswith(b"Adobe", at) for marker, at in _segments(item))
+    return any(marker == 0xEE and item.startswith(b"Adobe", start) for marker, start, _ in _segments(item))
 
 
 # --- PNG -------------------------------------------------------------------------------------------------------------
