@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from google.protobuf.message import DecodeError
 
-from agent.errors import InvalidInput
+from agent.errors import InvalidInput, Overloaded
 from agent.model.signature import DType, Strings, Tensor
 from agent.serving.protos import DataType, PredictRequest
 
@@ -63,13 +63,15 @@ class Parsed:
 def read_request(data: bytes, *, most: int) -> Parsed:
     """A PredictRequest from wire bytes; its tensors may take `most` bytes together.
 
-    Raises InvalidInput naming the tensor, TooLarge if only `most` stands against it.
+    Raises InvalidInput naming the tensor, TooLarge if only `most` stands against it, Overloaded if memory does.
     """
     try:
         request = PredictRequest.FromString(data)
-    except DecodeError:  # protobuf says no more, not even when it ran out of memory
+    except DecodeError as error:
+        if "alloc failed" in str(error):  # the only sign that protobuf gives of it
+            raise Overloaded("has too many parts to be parsed in the memory it may have", field="request") from None
         raise InvalidInput(
-            "the bytes are not a tensorflow.serving.PredictRequest, or one of far too many parts",
+            "the bytes are not a tensorflow.serving.PredictRequest",
             field="request",
             hint="check the message type and the tensors' names, which must be UTF-8",
         ) from None
