@@ -6,6 +6,7 @@ lock · boot.json · journal · the committed model on the CPU · servers · REA
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import time
 import uuid
@@ -128,9 +129,9 @@ class Daemon:
             loop.add_signal_handler(number, self._signalled)
         async with AsyncExitStack() as stack:
             tasks = await self._start(stack)
-            waits = [asyncio.ensure_future(self.stop_asked.wait()), tasks.failed]
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            waits[0].cancel()
+            asked = asyncio.create_task(self.stop_asked.wait(), name="stop-asked")
+            await asyncio.wait((asked, tasks.failed), return_when=asyncio.FIRST_COMPLETED)
+            asked.cancel()
             fault = tasks.failed.exception() if tasks.failed.done() else None
             notify_stopping()
             log.info("stopping", fault=str(fault) if fault else None)
@@ -222,7 +223,7 @@ class Daemon:
         tasks.spawn(Watchdog().run(), "watchdog")
         tasks.spawn(self._sample(host, issues, link), "samples")
         tasks.spawn(recovery.run(), "recovery")
-        log.info("ready", version=__version__, listen=host.listen, host=arbiter.host.value, pid=lock.pid)
+        log.info("ready", version=__version__, listen=host.listen, host=arbiter.host.value, pid=os.getpid())
         self.ready.set()
         recovery.wake()
         tasks.spawn(deployments.resume(), "resume")
@@ -318,6 +319,4 @@ def _both(first: Callable[[], None], second: Callable[[], None]) -> Callable[[],
 
 def _too_long() -> None:
     log.critical("stop_took_too_long", at=time.time())
-    import os
-
     os._exit(75)

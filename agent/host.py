@@ -81,7 +81,7 @@ class SlotHost:
         }
 
     async def deploy(self, wish: Wish, actor: Actor) -> dict[str, Any]:
-        deployment = await self.deployments.deploy(wish, str(actor))
+        deployment = await self.deployments.deploy(wish, str(actor), fresh=actor.kind == "desired")
         return {"task": deployment.id, "outcome": deployment.outcome.value if deployment.outcome else None}
 
     async def undeploy(self, actor: Actor) -> dict[str, Any]:

@@ -72,7 +72,19 @@ class Part:
 class Call:
     """One request in a child's hands."""
 
-    __slots__ = ("_forget", "deadline_ns", "held", "lease", "parts", "pictures", "reserves", "result", "room", "sent")
+    __slots__ = (
+        "_forget",
+        "deadline_ns",
+        "ended",
+        "held",
+        "lease",
+        "parts",
+        "pictures",
+        "reserves",
+        "result",
+        "room",
+        "sent",
+    )
 
     def __init__(
         self,
@@ -84,6 +96,8 @@ class Call:
         forget: Callable[[Call], None],
     ) -> None:
         self.result = result
+        self.ended: asyncio.Future[None] = result.get_loop().create_future()
+        """Resolved when the child is done with it or will never see it: for a cancelled call that is later."""
         self.parts = parts
         self.room = room
         """Bytes to reserve for each output."""
@@ -141,6 +155,8 @@ class Call:
         self.lease = self.pictures = None
         self.held = []
         self.parts = []
+        if not self.ended.done():
+            self.ended.set_result(None)
         for lease in leases:
             if lease is not None and lease is not keep:
                 lease.release()
@@ -161,7 +177,7 @@ class Reply:
 
     @property
     def regions(self) -> list[Input]:
-        """The outputs for handing on without a copy. What came in a memfd of its own, or strings, is the tensor itself."""
+        """The outputs for handing on without a copy; what has no region (strings, overflow) is the tensor itself."""
         lease = self._lease
         if lease is None:
             raise ValueError("the reply was released")
@@ -211,7 +227,7 @@ def check(call: Call, record: Record, fds: Sequence[int], limit: int) -> mmap.mm
     if record.reserves:
         raise ChannelError("an answer that reserves memory")
     for index, tensor in enumerate(record.tensors):
-        if tensor.index != index:
+        if tensor.number != index:
             raise ChannelError("an answer with its outputs out of order")
         if tensor.arena == OVERFLOW:
             if extra is None or tensor.offset % 64 or tensor.offset + tensor.nbytes > len(extra):

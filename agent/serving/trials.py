@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+import numpy as np
 import structlog
 
 from agent.errors import DeadlineExceeded, ExecutorDied, Poison, SlotdError
@@ -203,5 +204,5 @@ def _fingerprint(inputs: Mapping[str, Tensor]) -> bytes:
                 digest.update(len(item).to_bytes(8, "little") + item)
         else:
             digest.update(tensor.dtype.str.encode())
-            digest.update(memoryview(tensor if tensor.flags.c_contiguous else tensor.copy()).cast("B"))
+            digest.update(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
     return digest.digest()

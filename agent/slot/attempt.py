@@ -22,6 +22,8 @@ class Deployment:
     actor: str
     turn: Turn
     kind: str = "deploy"
+    fresh: bool = False
+    """Attempts that were cut off before do not count."""
     digest: str | None = None
     name: str | None = None
     version: str | None = None

@@ -6,14 +6,14 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import structlog
 
 from agent.config import Config
-from agent.errors import Cancelled, Interrupted, NotFound, SlotdError
+from agent.errors import Cancelled, Interrupted, NotFound, Refused, SlotdError
 from agent.journal.boot import BootRecord, ModelRef, write_boot
 from agent.journal.database import Journal
 from agent.model.spec import Model
@@ -97,11 +97,13 @@ class Deployments:
 
     # --- what commands ask --------------------------------------------------------------------------------------------
 
-    async def deploy(self, wish: Wish, actor: str, *, resumed: bool = False) -> Deployment:
-        """Starts it, queues it, or finds that it is being done. Raises Refused, Unavailable."""
-        if wish.force or not resumed:
-            await self._forgive(wish)
-        return await self._ask(Deployment(_new_id(), wish, actor, Turn("", wish)))
+    async def deploy(self, wish: Wish, actor: str, *, fresh: bool = False) -> Deployment:
+        """Starts it, queues it, or finds that it is being done. Raises Unavailable.
+
+        `fresh`: attempts that were cut off before do not count (a new desired revision; so does `wish.force`).
+        """
+        deployment = Deployment(_new_id(), wish, actor, Turn("", wish), fresh=fresh or wish.force)
+        return await self._ask(deployment)
 
     async def undeploy(self, actor: str) -> Deployment:
         """Makes `empty` the committed state."""
@@ -143,7 +145,7 @@ class Deployments:
         deployment = self._all.get(task)
         if deployment is not None:
             return deployment.as_dict()
-        stored = await self.journal.get_deployment(task)
+        stored: dict[str, Any] | None = await self.journal.get_deployment(task)
         if stored is None:
             raise NotFound(f"there is no task {task!r}", hint="tasks are kept for the last 1,000 deployments")
         return stored
@@ -205,8 +207,8 @@ class Deployments:
         if not wish:
             await self._give_up(row, Interrupted(f"cut off at {reached}"))
             return
-        again = Wish(**wish) if isinstance(wish, dict) else wish
-        deployment = await self.deploy(again, f"resume of {row['id']}", resumed=True)
+        again = replace(Wish(**wish), digest=digest or wish.get("digest"), force=False)
+        deployment = await self.deploy(again, f"resume of {row['id']}")
         await self._give_up(row, Interrupted(f"cut off at {reached}; tried again as {deployment.id}"))
 
     async def stop(self) -> None:
@@ -314,8 +316,7 @@ class Deployments:
             self.config, self.installer.driver, self.residents, self.dataplane, deployment, wish, model, committed
         )
         async with self.installer.lock:
-            attempts = await self.journal.count_attempt(model.digest)
-            deployment.notes["attempt"] = attempts
+            await self._count_attempt(deployment, model)
             await self._drain(deployment)
             proven = await self.installer.install(
                 resident, lambda phase: self._enter(deployment, phase), force=wish.force
@@ -354,6 +355,18 @@ class Deployments:
         deployment.name, deployment.version = model.name, model.spec.version
         check_slot(self.config, wish, model, await self.installer.probe())
         return model
+
+    async def _count_attempt(self, deployment: Deployment, model: Model) -> None:
+        """Journaled before the slot is touched. Raises Refused for a model that took the host down before."""
+        if deployment.fresh:
+            await self.journal.clear_attempts(model.digest)
+        if await self.journal.attempts(model.digest) > RETRIES:
+            raise Refused(
+                f"{model.name} was cut off {RETRIES + 1} times while it went into the slot",
+                code="INTERRUPTED",
+                hint="find out why the host goes down there; then deploy with --force",
+            )
+        deployment.notes["attempt"] = await self.journal.count_attempt(model.digest)
 
     async def _drain(self, deployment: Deployment) -> None:
         """New requests go to the bridge; those in the slot get their time."""
@@ -463,10 +476,6 @@ class Deployments:
         keep = self.boot.committed.digest if self.boot.committed else None
         if deployment.digest is not None and deployment.digest != keep:
             await self.residents.dismiss(deployment.digest)
-
-    async def _forgive(self, wish: Wish) -> None:
-        if wish.digest is not None:
-            await self.journal.clear_attempts(wish.digest)
 
     async def _give_up(self, row: dict[str, Any], error: Interrupted) -> None:
         document = {**row, "outcome": Outcome.FAILED.value, "error": error.as_dict(), "phase": _reached(row)}
