@@ -156,7 +156,7 @@ class Arena:
 
 
 class DecodedMemory(Arena):
-    """Where one decoder puts its pictures; its executors map it read-only. Outlives a decoder that died and was reaped."""
+    """Where one decoder puts its pictures; executors map it read-only. Outlives a decoder that died and was reaped."""
 
     def __init__(self, capacity: int) -> None:
         super().__init__(capacity, name="slotd-pictures")
@@ -196,14 +196,13 @@ def long(tensor: Strings) -> bool:
 
 def flatten(tensor: Strings) -> npt.NDArray[np.uint8]:
     """A string tensor as it lies in an arena. Done in pieces, so that other threads run in between."""
-    items = tensor.items
-    lengths = np.empty(len(items), _LENGTH)
-    parts: list[bytes | memoryview] = [memoryview(lengths).cast("B") if items else b""]
-    for start in range(0, len(items), _CHUNK):
-        part = items[start : start + _CHUNK]
-        lengths[start : start + len(part)] = np.fromiter(map(len, part), _LENGTH, len(part))
-        parts.append(b"".join(part))
-    return np.frombuffer(b"".join(parts), np.uint8)
+    lengths: list[bytes] = []
+    data: list[bytes] = []
+    for start in range(0, len(tensor.items), _CHUNK):
+        part = tensor.items[start : start + _CHUNK]
+        lengths.append(np.fromiter(map(len, part), _LENGTH, len(part)).tobytes())
+        data.append(b"".join(part))
+    return np.frombuffer(b"".join(lengths + data), np.uint8)
 
 
 def write(memory: memoryview | mmap.mmap, offset: int, tensor: Tensor) -> None:

@@ -1,8 +1,8 @@
 """The channel between the agent and a child: records of fixed size over a SOCK_SEQPACKET socketpair.
 
 One record is one datagram: a header, `tensors` + `reserves` descriptors, then `text` bytes of JSON. Its length must be
-exactly what its header says. Tensor data never goes through the socket; a descriptor says where it lies in shared memory.
-Both sides use this module; the parent believes nothing that it has not checked here or against its own lease.
+exactly what its header says. Tensor data never goes through the socket: a descriptor says where it lies in shared
+memory. Both sides use this module; the parent believes nothing that it has not checked here or against its own lease.
 """
 
 from __future__ import annotations
@@ -60,9 +60,12 @@ class ChannelClosed(Exception):
 
 
 class Descriptor(NamedTuple):
-    """Where a tensor lies: `offset` and `nbytes` in arena number `arena`, and what it is. A reserve has no shape."""
+    """Where a tensor lies: `offset` and `nbytes` in arena `arena`; and what it is.
 
-    index: int
+    `number` is the place in the child's list of inputs or outputs. A reserve has no shape.
+    """
+
+    number: int
     arena: int
     dtype: DType
     offset: int
@@ -88,7 +91,7 @@ class Record:
 
 _DTYPES = tuple(DType)
 _CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
-_ITEMSIZE = {dtype: dtype.numpy.itemsize for dtype in DType if dtype is not DType.STRING}
+_ITEMSIZE: dict[DType, int] = {dtype: dtype.numpy.itemsize for dtype in DType if dtype is not DType.STRING}
 
 
 def itemsize(dtype: DType) -> int:
@@ -117,9 +120,11 @@ def pack(record: Record) -> bytes:
         )
     ]
     for group in (tensors, reserves):
-        for index, arena, dtype, offset, nbytes, shape in group:
+        for number, arena, dtype, offset, nbytes, shape in group:
             rank = len(shape)
-            parts.append(DESCRIPTOR.pack(index, arena, _CODES[dtype], rank, 0, offset, nbytes, *shape, *_PADDING[rank]))
+            parts.append(
+                DESCRIPTOR.pack(number, arena, _CODES[dtype], rank, 0, offset, nbytes, *shape, *_PADDING[rank])
+            )
     parts.append(record.text)
     return b"".join(parts)
 
@@ -156,10 +161,10 @@ def unpack(data: bytes) -> Record:
 
 
 def _descriptor(data: bytes, at: int) -> Descriptor:
-    index, arena, code, rank, zero, offset, nbytes, *dims = DESCRIPTOR.unpack_from(data, at)
+    number, arena, code, rank, zero, offset, nbytes, *dims = DESCRIPTOR.unpack_from(data, at)
     if rank > MAX_RANK or code >= len(_DTYPES) or zero or any(dims[rank:]) or (rank and min(dims[:rank]) < 0):
         raise ChannelError("a tensor with a malformed dtype, rank or shape")
-    return Descriptor(index, arena, _DTYPES[code], offset, nbytes, tuple(dims[:rank]))
+    return Descriptor(number, arena, _DTYPES[code], offset, nbytes, tuple(dims[:rank]))
 
 
 def check_numeric(descriptor: Descriptor) -> None:

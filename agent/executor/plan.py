@@ -1,4 +1,4 @@
-"""What an executor needs to know of a model, as plain data: a child that read model.yaml itself would start twice as slowly."""
+"""What an executor needs to know of a model, as plain data: with pydantic a child would take twice as long to start."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Plan:
-    """A model as an executor runs it. `signature` is None if the graph says it; `slot` has the ids and the bitstream."""
+    """A model as an executor runs it. `signature` is None if the graph says it; `slot`: ids and bitstream."""
 
     graphs: tuple[Graph, ...]
     signature: Signature | None

@@ -59,7 +59,7 @@ class Process:
             os.set_blocking(theirs, True)
             self._popen = subprocess.Popen(
                 tuple(argv),
-                stdin=channel,
+                stdin=channel.fileno(),
                 stdout=theirs,
                 stderr=theirs,
                 close_fds=True,

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from agent.errors import InvalidInput
-from agent.executor.worker import Job, serve
+from agent.executor.worker import Job, OneByOne, serve
 from agent.model.signature import Strings, Tensor
 
 
@@ -44,11 +44,12 @@ def filler(seed: int, index: int, size: int) -> Tensor:
     return np.resize(pattern, size) if size else np.empty(0, np.uint8)
 
 
-class Hasher:
+class Hasher(OneByOne):
     """Answers one job at a time."""
 
-    ready = {"kind": "hash"}
-    depth = 1
+    @property
+    def ready(self) -> dict[str, str]:
+        return {"kind": "hash"}
 
     def begin(self, job: Job) -> None:
         order = [int(value) for value in job.inputs[0]]  # type: ignore[union-attr]
@@ -59,18 +60,6 @@ class Hasher:
         if wait:
             time.sleep(wait / 1000)
         job.answer([digest(job.inputs), *(filler(seed, i, order[2 + i]) for i in range(1, outputs))])
-
-    def fileno(self) -> None:
-        return None
-
-    def advance(self) -> bool:
-        return False
-
-    def pending(self) -> int:
-        return 0
-
-    def close(self) -> None:
-        pass
 
 
 def load(_hello: dict) -> Hasher:
