@@ -43,6 +43,7 @@ class Parser:
     def __init__(self, most: int) -> None:
         self._most = most
         self._child = _Child(most)
+        self._closed = False
         # One thread: it owns the child, and messages take turns in it.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="parse")
 
@@ -58,10 +59,13 @@ class Parser:
             except TooLarge:
                 if self._most <= LARGE:
                     raise
+        if self._closed:
+            raise Unavailable("slotd is stopping")
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._child.parse, data)
 
     async def close(self) -> None:
         """End the child; a message in it is given up."""
+        self._closed = True
         self._child.stop()
         await asyncio.to_thread(self._thread.shutdown, wait=True, cancel_futures=True)
         await asyncio.to_thread(self._child.reap)
@@ -128,8 +132,10 @@ class _Child:
 
     def start(self) -> socket.socket:
         """The socket to a running child. Raises Unavailable if there is to be none any more."""
-        if self._socket is not None:
+        if self._socket is not None and self._process is not None and self._process.poll() is None:
             return self._socket
+        if (exit_status := self._give_up()) is not None:
+            log.warning("parse_child_died", exit=exit_status, idle=True)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.settimeout(TIMEOUT)
         with theirs, self._lock:
@@ -140,7 +146,12 @@ class _Child:
             environment = {"PATH": os.defpath, "OPENBLAS_NUM_THREADS": "1", "LANG": "C.UTF-8"}
             try:
                 self._process = subprocess.Popen(
-                    argv, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, env=environment, cwd="/"
+                    argv,
+                    pass_fds=(theirs.fileno(),),
+                    stdin=subprocess.DEVNULL,
+                    env=environment,
+                    cwd="/",
+                    start_new_session=True,  # a Ctrl-C is the agent's to handle
                 )
             except OSError:
                 ours.close()

@@ -25,8 +25,8 @@ log = structlog.get_logger(__name__)
 SERVICE = "tensorflow.serving.PredictionService"
 SLOW_ELEMENTS = 32_768
 """Strings and integers that are encoded on the loop; more of them are encoded in a thread."""
-MAX_DETAILS = 2000
-"""Characters of an error that fit into HTTP/2 headers beside everything else."""
+MAX_TEXT = 1000
+"""Bytes of each text of an error: clients take 8 KiB of headers, and a byte beyond ASCII becomes three."""
 
 Metadata = tuple[tuple[str, str], ...]
 
@@ -107,13 +107,17 @@ async def _abort(context: grpc.aio.ServicerContext, error: SlotdError, *more: tu
         wait = str(max(1, round(error.retry_after * 1000)))
         # The first is for people and scripts, the second is what gRPC's own retries obey.
         metadata += [("retry-pushback-ms", wait), ("grpc-retry-pushback-ms", wait)]
-    await context.abort(grpc.StatusCode[error.grpc], str(error)[:MAX_DETAILS], tuple(metadata))
+    await context.abort(grpc.StatusCode[error.grpc], _cut(str(error)), tuple(metadata))
     raise AssertionError("abort always raises")
+
+
+def _cut(text: str) -> str:
+    return text.encode()[:MAX_TEXT].decode(errors="ignore")
 
 
 def _header(text: str) -> str:
     """As a metadata value may be: printable ASCII."""
-    return "".join(letter if " " <= letter <= "~" else "?" for letter in text[:MAX_DETAILS]).strip()
+    return "".join(letter if " " <= letter <= "~" else "?" for letter in text[:MAX_TEXT]).strip()
 
 
 def _request(parsed: Parsed, size: int, context: grpc.aio.ServicerContext) -> Request:
