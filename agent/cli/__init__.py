@@ -1,1 +1,24 @@
-"""The slotd command."""
+"""The slotd command: one file for each group of verbs. Heavy imports wait until a verb needs them."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Entry point of `slotd`. Users see no traceback, unless SLOTD_TRACEBACK is set."""
+    import os
+
+    from agent.cli.verbs import app
+
+    try:
+        app(prog_name="slotd")
+    except Exception as fault:
+        if os.environ.get("SLOTD_TRACEBACK"):
+            raise
+        from agent.cli.output import show_error
+        from agent.errors import SlotdError
+
+        text = " ".join(f"{type(fault).__name__}: {fault}".split())
+        show_error(SlotdError(f"an unforeseen fault: {text}", hint="SLOTD_TRACEBACK=1 shows where; please report it"))
+        sys.exit(SlotdError.exit)

@@ -1,0 +1,15 @@
+"""The application with all its verbs, in the order in which help shows them."""
+
+from __future__ import annotations
+
+# isort: off
+import agent.cli.daemon
+import agent.cli.status
+import agent.cli.deploy
+import agent.cli.predict
+import agent.cli.about  # noqa: F401  # each adds its verbs
+
+# isort: on
+from agent.cli.app import app
+
+__all__ = ["app"]
