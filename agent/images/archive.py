@@ -224,8 +224,9 @@ class Archive:
             raise self._fault("ends in the middle of a header")
         wanted = _number(block[148:156])
         plain = block[:148] + b" " * 8 + block[156:]
-        signed = sum(byte - 256 if byte > 127 else byte for byte in plain)
-        if wanted is None or wanted not in (sum(plain), signed):
+        if wanted != sum(plain) and wanted != sum(plain) - 256 * sum(
+            byte > 127 for byte in plain
+        ):  # old tars sum signed
             raise self._fault("a header's checksum is wrong")
         return block
 

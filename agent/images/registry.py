@@ -8,6 +8,7 @@ tries used up), RegistryDenied (credentials), RegistryRefused (permanent), NotFo
 from __future__ import annotations
 
 import email.utils
+import json
 import random
 import re
 import ssl
@@ -31,6 +32,7 @@ BACKOFF_FIRST, BACKOFF_MAX = 0.5, 30.0
 RETRY_AFTER_MAX = 120.0  # a registry that asks for more is told about, not waited for
 ENOUGH = 1 << 20  # bytes that make a cut connection count as progress
 MAX_REDIRECTS = 5
+MAX_EXPLANATION = 8 << 10
 MAX_TOKEN = 64 << 10
 _PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
@@ -199,14 +201,13 @@ class Registry:
     def _explanation(self, response: httpx.Response) -> str:
         """What the registry says of it, made harmless."""
         try:
-            text = next(response.iter_raw(2048), b"").decode("utf-8", "replace")
-        except httpx.HTTPError:
-            return ""
-        match = re.search(r'"message"\s*:\s*"([^"]{1,200})"', text)
-        return f": {self._clean(match[1])}" if match else ""
+            said = json.loads(next(response.iter_raw(MAX_EXPLANATION), b""))["errors"][0]["message"]
+        except (httpx.HTTPError, ValueError, LookupError, TypeError, RecursionError):
+            return ""  # it has not said anything that we understand; the status is enough
+        return f": {self._clean(said)[:200]}" if isinstance(said, str) and said else ""
 
     def _clean(self, text: str) -> str:
-        secrets = [*(self._credentials.secrets if self._credentials else ())]
+        secrets = list(self._credentials.secrets) if self._credentials else []
         if self._authorization:
             secrets.append(self._authorization.partition(" ")[2])
         for secret in secrets:
@@ -263,7 +264,7 @@ class Registry:
         finally:
             response.close()
         try:
-            document = httpx.Response(200, content=data).json()
+            document = json.loads(data)
             token = document.get("token") or document.get("access_token")
         except (ValueError, AttributeError, RecursionError):
             token = None
