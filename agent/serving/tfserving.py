@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from typing import Any, NoReturn
 
 import grpc
@@ -28,8 +28,6 @@ SLOW_ELEMENTS = 32_768
 MAX_TEXT = 1000
 """Bytes of each text of an error: clients take 8 KiB of headers, and a byte beyond ASCII becomes three."""
 
-Metadata = tuple[tuple[str, str], ...]
-
 
 class PredictionService(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpcio has no types
     """The handler to add to a grpc.aio server. `held`: bytes of requests that may be in hand at one time."""
@@ -45,27 +43,31 @@ class PredictionService(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpcio
         return self._handlers.get(details.method)
 
     async def _predict(self, data: bytes, context: grpc.aio.ServicerContext) -> bytes:
-        return await answered(context, lambda: self._answer(data, context))
+        return await answered(context, self._answer(data, context))
 
     async def _answer(self, data: bytes, context: grpc.aio.ServicerContext) -> bytes:
-        size = len(data)
+        held = self._hold(len(data))
+        try:
+            parsed = await self._parser.parse(data)
+            # One value may stand for a whole tensor: what counts is what it has become.
+            held += self._hold(max(0, sum(tensor.nbytes for tensor in parsed.inputs.values()) - held))
+            answer = await self._dataplane.predict(_request(parsed, len(data), context))
+        finally:
+            self._room += held
+        told = (
+            ("slotd-served-by", answer.served_by),
+            ("slotd-model-digest", answer.digest),
+            ("slotd-model-version", str(answer.version)),
+        )
+        reply = await self._encode(answer)
+        context.set_trailing_metadata(told)
+        return reply
+
+    def _hold(self, size: int) -> int:
         if size > self._room:
             raise Overloaded("too many bytes of requests are in hand", retry_after=0.1)
         self._room -= size
-        try:
-            parsed = await self._parser.parse(data)
-            del data
-            answer = await self._dataplane.predict(_request(parsed, size, context))
-        finally:
-            self._room += size
-        context.set_trailing_metadata(
-            (
-                ("slotd-served-by", answer.served_by),
-                ("slotd-model-digest", answer.digest),
-                ("slotd-model-version", str(answer.version)),
-            )
-        )
-        return await self._encode(answer)
+        return size
 
     async def _encode(self, answer: Answer) -> bytes:
         """The reply; the answer's memory is given back whatever happens."""
@@ -81,10 +83,10 @@ class PredictionService(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpcio
         return encode_response(answer.outputs, name=answer.name, version=answer.version, most=self._max_message)
 
 
-async def answered(context: grpc.aio.ServicerContext, run: Callable[[], Awaitable[bytes]]) -> bytes:
-    """What `run` returns, its errors as gRPC statuses. What nobody foresaw is logged, and told without its details."""
+async def answered(context: grpc.aio.ServicerContext, answer: Awaitable[bytes]) -> bytes:
+    """The answer, its errors as gRPC statuses. What nobody foresaw is logged, and told without its details."""
     try:
-        return await run()
+        return await answer
     except SlotdError as error:
         if error.grpc == "INTERNAL":
             log.error("request_failed", code=error.code, error=str(error), peer=context.peer())

@@ -23,14 +23,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from support.fake_dataplane import FakeDataplane
 from support.stall import stall_probe
-from support.tfs_client import PREDICT, TfsClient, predict_request, trailing
+from support.tfs_client import PREDICT, TfsClient, predict_request, tensor_proto, trailing
 
 from agent.config import GrpcConfig, ServingConfig
 from agent.errors import Conflict, DeadlineExceeded, InvalidConfig, NotFound, Overloaded, SlotdError, Unavailable
 from agent.model.signature import Strings, Tensor
 from agent.serving import listen
 from agent.serving.listen import GrpcServer
-from agent.serving.protos import PredictResponse
+from agent.serving.protos import PredictRequest, PredictResponse
 
 X = np.arange(6, dtype=np.float32).reshape(2, 3)
 SERVING, NOT_SERVING = 1, 2
@@ -319,9 +319,14 @@ async def test_requests_in_hand_are_bounded_in_bytes(tmp_path: Path, monkeypatch
         error = await refused(client.send(data))
         assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert int(trailing(error)["retry-pushback-ms"]) > 0
+        broadcast = PredictRequest(inputs={"x": tensor_proto(np.array(1, np.float32))})
+        broadcast.inputs["x"].tensor_shape.dim.add(size=200_000)
+        error = await refused(client.send(broadcast.SerializeToString()))
+        assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         house.dataplane.hold.set()
         await first
         await client.send(data)
+        await client.send(broadcast.SerializeToString())
 
 
 async def test_the_parse_child_may_die(house: House, client: TfsClient) -> None:
