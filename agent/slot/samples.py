@@ -23,6 +23,7 @@ PICTURE_SIDE = 64
 FREE_SIZE = 8
 """The size of every other -1, but the first axis, which is 1."""
 _SPREAD = (1.0, 0.5, 2.0)
+_PICTURE_SIZE = (180, 180)
 _HUE_STEP = 0.618034
 
 
@@ -36,7 +37,7 @@ def seeded_inputs(
         like = cases[index % len(cases)].inputs if cases else {}
         found.append(
             {
-                name: _tensor(spec, like.get(name), image is not None and name == image.source, rng, index)
+                name: _tensor(spec, like.get(name), image if image and name == image.source else None, rng, index)
                 for name, spec in signature.inputs.items()
             }
         )
@@ -92,13 +93,18 @@ def _colour(hue: float, rng: np.random.Generator) -> npt.NDArray[np.float64]:
     return 255 * np.array(colorsys.hsv_to_rgb(hue % 1.0, rng.uniform(0.3, 1.0), rng.uniform(0.2, 1.0)))
 
 
-def _tensor(spec: TensorSpec, like: Tensor | None, pictures: bool, rng: np.random.Generator, index: int) -> Tensor:
+def _tensor(
+    spec: TensorSpec, like: Tensor | None, image: ImageStage | None, rng: np.random.Generator, index: int
+) -> Tensor:
     axes = _picture_axes(spec.shape)
     shape = like.shape if like is not None else tuple(_sizes(spec.shape, axes))
     if spec.dtype is DType.STRING:
         count = int(np.prod(shape))
-        make = _encoded if pictures else _word
-        return Strings(shape, [make(rng, index + number) for number in range(count)])
+        numbers = range(index, index + count)
+        if image is None:
+            return Strings(shape, [_word(rng, number) for number in numbers])
+        least = image.size if image.resize is None else _PICTURE_SIZE
+        return Strings(shape, [_encoded(rng, number, least) for number in numbers])
     if axes is not None and spec.dtype in (DType.FLOAT32, DType.FLOAT16, DType.FLOAT64, DType.UINT8):
         return _picture_tensor(spec.dtype, shape, axes, rng, index)
     known = like if isinstance(like, np.ndarray) else None
@@ -160,9 +166,9 @@ def _numbers(
     return (middle + rng.normal(0.0, scale, shape)).astype(dtype.numpy)
 
 
-def _encoded(rng: np.random.Generator, index: int) -> bytes:
-    """JPEG and PNG in turn, of any shape."""
-    height, width = (int(side) for side in rng.integers(180, 360, 2))
+def _encoded(rng: np.random.Generator, index: int, least: tuple[int, int]) -> bytes:
+    """JPEG and PNG in turn, of at least this height and width and at most twice as much."""
+    height, width = (int(rng.integers(side, 2 * side)) for side in least)
     out = io.BytesIO()
     drawn = picture(rng, index, height, width)
     if index % 2:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -376,8 +377,6 @@ MODEL = Model("sha256:0", "r", Path("/nowhere"), SPEC)
 
 
 def mean(inputs: Mapping[str, Tensor]) -> Outputs:
-    import io
-
     pictures = inputs["pic"]
     assert isinstance(pictures, Strings)
     decoded = [np.asarray(Image.open(io.BytesIO(item)).convert("RGB"), np.float32) for item in pictures.items]
@@ -410,6 +409,17 @@ async def test_rows_that_change_places_are_caught_by_golden_pairs() -> None:
         model=MODEL,
     )
     assert "golden pair" in error.message
+
+
+def test_pictures_are_never_smaller_than_a_crop() -> None:
+    stage = SPEC.image
+    assert stage is not None
+    crop = stage.model_copy(update={"resize": None, "crop": (300, 500)})
+    for made in seeded_inputs(PICTURES, crop, [], seed=2, count=3):
+        pictures = made["pic"]
+        assert isinstance(pictures, Strings)
+        width, height = Image.open(io.BytesIO(pictures.items[0])).size
+        assert 300 <= height < 600 and 500 <= width < 1000
 
 
 def test_pictures_are_smooth_and_unlike() -> None:
