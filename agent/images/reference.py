@@ -69,7 +69,7 @@ def parse_reference(text: str) -> Reference:
     colon = name.rfind(":")
     tag = name[colon + 1 :] if colon >= 0 else None
     name = name[:colon] if colon >= 0 else name
-    if host is not None and not _HOST.fullmatch(host):
+    if host is not None and not (_HOST.fullmatch(host) and _port(host) <= 65535):
         raise InvalidInput(f"{text!r} has no valid host", field="image", hint=_EXAMPLE)
     if not _NAME.fullmatch(name) or len(name) > 255:
         raise InvalidInput(
@@ -88,6 +88,11 @@ def _split_host(rest: str) -> tuple[str | None, str]:
     if slash and (first == "localhost" or any(mark in first for mark in ".:[")):
         return first, name
     return None, rest
+
+
+def _port(host: str) -> int:
+    port = host.rpartition(":")[2]
+    return int(port) if port.isdecimal() else 0
 
 
 def _layout(text: str, rest: str, digest: str | None) -> Reference:

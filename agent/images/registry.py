@@ -183,9 +183,15 @@ class Registry:
                 url = url.join(location)
             except httpx.InvalidURL:
                 raise RegistryRefused("redirects to an invalid address", field=shown) from None
-            if url.scheme not in ("https", self._url.scheme) or not url.host:
-                raise RegistryRefused(f"redirects to {url.scheme}://{url.host}, which is not protected", field=shown)
+            if not self._may_be_asked(url):
+                raise RegistryRefused(
+                    f"redirects to {url.scheme}://{url.netloc.decode()}, which is not protected", field=shown
+                )
         raise RegistryRefused(f"redirects more than {MAX_REDIRECTS} times", field=shown)
+
+    def _may_be_asked(self, url: httpx.URL) -> bool:
+        """Never from TLS to plain HTTP."""
+        return url.scheme in ("https", self._url.scheme) and bool(url.host) and (url.port or 0) <= 65535
 
     def _failure(self, response: httpx.Response, shown: str) -> Exception:
         status, said = response.status_code, self._explanation(response)
@@ -243,7 +249,7 @@ class Registry:
             realm = httpx.URL(offer.get("realm", ""))
         except httpx.InvalidURL:
             realm = httpx.URL("")
-        if realm.scheme not in ("https", self._url.scheme) or not realm.host:
+        if not self._may_be_asked(realm):
             raise RegistryRefused("names a token server that is not protected or not valid", field=shown)
         wanted = {"service": offer.get("service", ""), "scope": offer.get("scope") or f"repository:{self._name}:pull"}
         wanted = {key: value for key, value in wanted.items() if value}
@@ -311,6 +317,8 @@ def _transport(shown: str) -> Iterator[None]:
                 field=shown,
                 hint="install the registry's CA on this host, and check its clock",
             ) from None
+        if isinstance(error, httpx.RemoteProtocolError) and isinstance(error.__context__, httpx.InvalidURL):
+            raise RegistryRefused("redirects to an invalid address", field=shown) from None
         if isinstance(cause, ssl.SSLError) and cause.reason in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"):
             raise RegistryRefused(
                 "does not speak TLS", field=shown, hint="add its host:port to images.insecure_registries"

@@ -133,7 +133,11 @@ async def test_redirects_are_bounded(tmp_path, made):
         registry.answer = lambda asked, handler: handler.reply(302, Location=asked.path) or True
         with pytest.raises(RegistryRefused, match="more than 5 times"):
             await resolve(f"{registry.host}/a:1", settings(tmp_path, registry.host))
-        for place, match in (("ftp://x/y", "ftp://x"), ("http://x:port/", "invalid address")):
+        for place, match in (
+            ("ftp://x/y", "ftp://x"),
+            ("http://x:port/", "invalid address"),
+            ("http://127.0.0.1:99999/", "99999, which"),
+        ):
             registry.answer = lambda asked, handler, place=place: handler.reply(302, Location=place) or True
             with pytest.raises(RegistryRefused, match=match):
                 await resolve(f"{registry.host}/a:1", settings(tmp_path, registry.host))

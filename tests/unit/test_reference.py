@@ -61,6 +61,7 @@ def test_layout_references(text, folder, tag, digest):
         "host.example/a@sha512:" + "a" * 128,
         f"host.example/a@sha256:{HEX}x",
         "host.example:123456/a:1",
+        "127.0.0.1:65536/a:1",
         "-host.example/a:1",
         "user:secret@host.example/a:1",
         "https://host.example/a:1",
