@@ -21,7 +21,7 @@ from agent.model.spec import ImageStage
 pytestmark = pytest.mark.tensorflow
 
 ROOT = Path(__file__).parents[2]
-PYTHON = Path(os.environ.get("SLOTD_TENSORFLOW_PYTHON", ROOT / ".venv-tensorflow" / "bin" / "python"))
+PYTHON = Path(os.environ.get("SLOTD_TENSORFLOW", ROOT / ".venv-tensorflow" / "bin" / "python"))
 MEAN = [123.68, 116.779, 103.939]
 STAGES: dict[str, dict[str, Any]] = {
     "resnet50": {"resize": {"shorter": 256}, "crop": [224, 224], "mean": MEAN},
