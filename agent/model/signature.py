@@ -28,18 +28,28 @@ class DType(Enum):
     BOOL = "bool"
     STRING = "string"
 
+    __hash__ = object.__hash__  # enum's own is written in Python, and every tensor is looked up by it
+
     @property
     def numpy(self) -> np.dtype[np.generic]:
         """The numpy dtype; STRING has none (ValueError)."""
-        if self is DType.STRING:
+        dtype = _NUMPY.get(self)
+        if dtype is None:
             raise ValueError("string tensors have no fixed-size numpy dtype")
-        dtype: np.dtype[np.generic] = np.dtype(self.value)
         return dtype
 
     @classmethod
     def of(cls, dtype: np.dtype[np.generic]) -> DType:
         """The DType of a numpy dtype; ValueError for one that slotd does not carry."""
-        return cls(dtype.name)
+        found = _OF.get(dtype)
+        return cls(dtype.name) if found is None else found
+
+
+# Looked up for every tensor of every request, where numpy's own names take ten times as long.
+_NUMPY: dict[DType, np.dtype[np.generic]] = {
+    dtype: np.dtype(dtype.value) for dtype in DType if dtype is not DType.STRING
+}
+_OF: dict[np.dtype[np.generic], DType] = {numpy: dtype for dtype, numpy in _NUMPY.items()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,39 +7,47 @@ import os
 import time
 from pathlib import Path
 
-from agent.errors import DeadlineExceeded, ExecutorError
+from agent.errors import DeadlineExceeded, ExecutorError, InvalidInput
 from agent.executor.seat import Seat
-from agent.slot.proof import seeded_inputs
+from agent.slot.samples import seeded_inputs
 
 RUNS = 4
 LONG_ENOUGH = 0.25
 """Seconds of measuring after which no further run is made."""
+UNKNOWN = 0.05
+"""Seconds for one request of a model that takes none of the made-up inputs."""
 
 
 async def measure(seat: Seat, *, timeout: float) -> float:
-    """Seconds that one request takes on this executor, CPU time where other work was in the way.
+    """Seconds that one request takes on this executor; CPU time where other work was in the way.
 
-    Raises ExecutorError if a run fails or takes longer than `timeout` seconds: a model that cannot answer its own
-    made-up input cannot serve.
+    Raises ExecutorError if a run fails or takes longer than `timeout` seconds: such a model cannot serve.
     """
-    inputs = await asyncio.to_thread(seeded_inputs, seat.signature, seat.model, 0)
-    deadline = time.monotonic() + timeout
+    samples = await asyncio.to_thread(seeded_inputs, seat.signature, seat.model.spec.image, (), seed=0, count=RUNS)
+    deadline_ns = int((time.monotonic() + timeout) * 1e9)
     walls: list[float] = []
     used = await asyncio.to_thread(_cpu_seconds, seat.worker.pid)
-    began = time.monotonic()
-    for _ in range(RUNS):
+    for inputs in samples:
         start = time.monotonic()
         try:
-            await seat.run(inputs, int(deadline * 1e9))
+            await seat.run(inputs, deadline_ns)
         except DeadlineExceeded:
             raise ExecutorError(
                 f"one run of the model takes more than {timeout:g} s",
                 code="CALL_TIMEOUT",
                 hint="is there a loop in it?",
             ) from None
+        except InvalidInput:
+            continue
+        except ExecutorError as error:
+            if error.code == ExecutorError.code:
+                continue  # it does not take these inputs; its golden cases will tell whether it takes others
+            raise
         walls.append(time.monotonic() - start)
-        if time.monotonic() - began > LONG_ENOUGH:
+        if sum(walls) > LONG_ENOUGH:
             break
+    if not walls:
+        return UNKNOWN
     spent = (await asyncio.to_thread(_cpu_seconds, seat.worker.pid) - used) / len(walls)
     best = min(walls)
     return max(1e-5, min(best, spent) if spent > 0.5 * best else best)
