@@ -23,14 +23,16 @@ def run(config: ConfigOption = None, embedded: EmbeddedOption = False) -> None:
 
     Without a configuration it ends with 78; with --embedded it then takes the defaults.
     """
-    from agent.cli.connect import load_config
+    from agent.memory import tune_malloc
 
-    found = load_config(config, embedded=embedded)
+    tune_malloc()  # before anything large is imported
     import asyncio
 
-    from agent import logs
+    from agent.cli.connect import load_config
+    from agent.logs import configure
 
-    logs.configure(found.log)
+    found = load_config(config, embedded=embedded)
+    configure(found.log)
     from agent import daemon
 
     raise typer.Exit(asyncio.run(daemon.run(found)))
