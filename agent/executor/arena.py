@@ -21,7 +21,8 @@ ALIGN = 64
 WARM = 16 << 20
 """What lies below is kept when it is freed (it is used again at once); pages above go back to the host."""
 _GIVE_BACK = 256 << 10
-_CHUNK = 16_384
+MANY = 16_384
+"""How many strings are dealt with in about a millisecond."""
 _LENGTH = np.dtype("<u4")
 
 
@@ -191,15 +192,15 @@ def view(memory: memoryview | mmap.mmap, dtype: DType, shape: tuple[int, ...], o
 
 def long(tensor: Strings) -> bool:
     """Whether even counting its bytes takes more than about a millisecond; `flatten` it in a thread first."""
-    return len(tensor.items) > _CHUNK
+    return len(tensor.items) > MANY
 
 
 def flatten(tensor: Strings) -> npt.NDArray[np.uint8]:
     """A string tensor as it lies in an arena. Done in pieces, so that other threads run in between."""
     lengths: list[bytes] = []
     data: list[bytes] = []
-    for start in range(0, len(tensor.items), _CHUNK):
-        part = tensor.items[start : start + _CHUNK]
+    for start in range(0, len(tensor.items), MANY):
+        part = tensor.items[start : start + MANY]
         lengths.append(np.fromiter(map(len, part), _LENGTH, len(part)).tobytes())
         data.append(b"".join(part))
     return np.frombuffer(b"".join(lengths + data), np.uint8)
@@ -225,7 +226,10 @@ def read(memory: memoryview | mmap.mmap, descriptor: Descriptor) -> Tensor:
     """
     if descriptor.dtype is not DType.STRING:
         check_numeric(descriptor)
-        return view(memory, descriptor.dtype, descriptor.shape, descriptor.offset)
+        try:
+            return view(memory, descriptor.dtype, descriptor.shape, descriptor.offset)
+        except (ValueError, OverflowError):  # an empty tensor with a dimension that numpy cannot count
+            raise ChannelError(f"a tensor of shape {list(descriptor.shape)}") from None
     return _read_strings(memory, descriptor)
 
 
@@ -244,8 +248,8 @@ def _read_strings(memory: memoryview | mmap.mmap, descriptor: Descriptor) -> Str
     data = np.ndarray((total,), np.uint8, memory, descriptor.offset + 4 * count).tobytes()
     items: list[bytes] = []
     start = 0
-    for first in range(0, count, _CHUNK):
-        for end in ends[first : first + _CHUNK].tolist():
+    for first in range(0, count, MANY):
+        for end in ends[first : first + MANY].tolist():
             items.append(data[start:end])
             start = end
     return Strings(descriptor.shape, items)

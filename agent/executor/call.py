@@ -11,46 +11,47 @@ from types import TracebackType
 from typing import TypeAlias
 
 from agent.errors import InvalidInput
-from agent.executor.arena import MAX_ELEMENTS, Lease, Region, aligned, flatten, long, read, write
+from agent.executor.arena import ALIGN, MANY, MAX_ELEMENTS, Lease, Region, flatten, long, read, write
 from agent.executor.channel import MAX_RANK, OVERFLOW, ChannelError, Descriptor, Record, sealed_size
-from agent.model.signature import DType, Strings, Tensor, dtype_of
+from agent.model.signature import DType, Strings, Tensor
 
 Input: TypeAlias = Tensor | Region
 _MILLISECONDS = 4 << 20
 """Bytes from which a copy is left to a thread."""
 
 
-@dataclass(slots=True)
 class Part:
-    """One input on its way. `source` is None for a region, which stays where it is."""
+    """One input on its way. `source` is None for a region, which stays where it is; `nbytes` is -1 until counted."""
 
-    index: int
-    dtype: DType
-    shape: tuple[int, ...]
-    nbytes: int
-    source: Tensor | None
-    arena: int = 0
-    offset: int = 0
+    __slots__ = ("arena", "dtype", "nbytes", "number", "offset", "shape", "source")
 
-    @classmethod
-    def of(cls, index: int, tensor: Input, maps: dict[int, int]) -> Part:
+    def __init__(self, number: int, tensor: Input, maps: dict[int, int]) -> None:
         """`maps` are the arenas (by inode) that the child sees. Raises InvalidInput for what no child can take."""
+        self.number = number
+        self.arena = self.offset = 0
+        self.source: Tensor | None = None
+        self.shape: tuple[int, ...] = tensor.shape
         if isinstance(tensor, Region):
-            number = maps.get(tensor.arena.inode)
-            if number is not None:
-                return cls(index, tensor.dtype, tensor.shape, tensor.nbytes, None, number, tensor.offset)
+            arena = maps.get(tensor.arena.inode)
+            if arena is not None:
+                self.dtype, self.nbytes = tensor.dtype, tensor.nbytes
+                self.arena, self.offset = arena, tensor.offset
+                return
             tensor = tensor.tensor()
-        if len(tensor.shape) > MAX_RANK:
-            raise InvalidInput(f"a tensor has {len(tensor.shape)} dimensions, at most {MAX_RANK} are possible")
+        self.source = tensor
+        if len(self.shape) > MAX_RANK:
+            raise InvalidInput(f"a tensor has {len(self.shape)} dimensions, at most {MAX_RANK} are possible")
         if isinstance(tensor, Strings):
             if len(tensor.items) > MAX_ELEMENTS:
                 raise InvalidInput(f"a tensor has {len(tensor.items)} strings, at most {MAX_ELEMENTS} are possible")
-            nbytes = -1 if long(tensor) else tensor.nbytes
-            return cls(index, DType.STRING, tuple(tensor.shape), nbytes, tensor)
+            self.dtype = DType.STRING
+            self.nbytes = -1 if long(tensor) else tensor.nbytes
+            return
         try:
-            return cls(index, dtype_of(tensor), tensor.shape, tensor.nbytes, tensor)
+            self.dtype = DType.of(tensor.dtype)
         except ValueError:
             raise InvalidInput(f"tensors of {tensor.dtype} are not known") from None
+        self.nbytes = tensor.nbytes
 
     def flatten(self) -> None:
         """In a thread: count and join a long list of strings."""
@@ -66,7 +67,7 @@ class Part:
 
     @property
     def descriptor(self) -> Descriptor:
-        return Descriptor(self.index, self.arena, self.dtype, self.offset, self.nbytes, self.shape)
+        return Descriptor(self.number, self.arena, self.dtype, self.offset, self.nbytes, self.shape)
 
 
 class Call:
@@ -84,6 +85,8 @@ class Call:
         "result",
         "room",
         "sent",
+        "size",
+        "space",
     )
 
     def __init__(
@@ -101,6 +104,10 @@ class Call:
         self.parts = parts
         self.room = room
         """Bytes to reserve for each output."""
+        self.size = 0
+        """Bytes that the inputs take in the arena."""
+        self.space = 0
+        """Bytes that the outputs may take."""
         self.reserves: list[Descriptor] = []
         self.deadline_ns = deadline_ns
         self.sent = False
@@ -125,24 +132,42 @@ class Call:
             self.result.set_exception(error)
             self.result.exception()  # a caller that has just gone is no fault to be logged
 
-    @property
-    def size(self) -> int:
-        """Bytes that the inputs take in the arena."""
-        return sum(aligned(part.nbytes) for part in self.parts if part.arena == 0)
+    def measure(self) -> bool:
+        """Add up the sizes; False if that takes a thread, which flattens long lists of strings first."""
+        self.size = 0
+        for part in self.parts:
+            if part.nbytes < 0:
+                return False
+            if part.arena == 0:
+                self.size += (part.nbytes + ALIGN - 1) & -ALIGN
+        self.space = sum(self.room)
+        return True
 
-    def settle(self) -> None:
-        """Give each input its place in the lease."""
-        assert self.lease is not None
-        offset = self.lease.offset
+    def flatten(self) -> None:
+        """In a thread: see `measure`."""
+        for part in self.parts:
+            if part.nbytes < 0:
+                part.flatten()
+
+    def settle(self, lease: Lease, arena: int, offset: int) -> list[Descriptor]:
+        """Give each input its place in the lease, and each output its reserve from `offset` on in `arena`."""
+        self.lease = lease
+        at = lease.offset
+        tensors = []
         for part in self.parts:
             if part.arena == 0:
-                part.offset = offset
-                offset += aligned(part.nbytes)
+                part.offset = at
+                at += (part.nbytes + ALIGN - 1) & -ALIGN
+            tensors.append(part.descriptor)
+        for number, nbytes in enumerate(self.room):
+            self.reserves.append(Descriptor(number, arena, DType.UINT8, offset, nbytes))
+            offset += nbytes
+        return tensors
 
     @property
     def heavy(self) -> bool:
         """Whether copying it takes a thread."""
-        return sum(part.nbytes for part in self.parts if part.source is not None) > _MILLISECONDS
+        return self.size > _MILLISECONDS
 
     def copy(self, memory: mmap.mmap) -> None:
         """Put all inputs into the arena."""
@@ -210,48 +235,50 @@ class Reply:
             self._loop.call_soon_threadsafe(lease.release)
 
 
-def check(call: Call, record: Record, fds: Sequence[int], limit: int) -> mmap.mmap | None:
-    """Whether an answer stays inside what its call was given; the memfd it came with, mapped.
+def outputs_of(
+    call: Call, record: Record, fds: Sequence[int], memories: Sequence[mmap.mmap], limit: int
+) -> list[Tensor] | Callable[[], list[Tensor]]:
+    """The outputs in an answer, once it is sure that they stay inside what the call was given; strings are copied.
 
-    `limit` bounds that memfd, in bytes. Raises ChannelError.
+    `limit` bounds the memfd that came with it, in bytes. Raises ChannelError. Where copying takes long, a function that
+    does it, for a thread; it can raise ChannelError too.
     """
-    extra: mmap.mmap | None = None
-    if len(fds) > 1:
-        raise ChannelError(f"an answer with {len(fds)} descriptors")
-    if fds:
-        size = sealed_size(fds[0], limit)
-        try:
-            extra = mmap.mmap(fds[0], size, prot=mmap.PROT_READ)
-        except (OSError, ValueError) as error:
-            raise ChannelError(f"a memfd that cannot be mapped: {error}") from None
+    extra = _map(fds, limit)
     if record.reserves:
         raise ChannelError("an answer that reserves memory")
-    for index, tensor in enumerate(record.tensors):
-        if tensor.number != index:
+    reserves = call.reserves
+    sources: list[memoryview] = []
+    slow = False
+    for place, (number, arena, dtype, offset, nbytes, shape) in enumerate(record.tensors):
+        if number != place:
             raise ChannelError("an answer with its outputs out of order")
-        if tensor.arena == OVERFLOW:
-            if extra is None or tensor.offset % 64 or tensor.offset + tensor.nbytes > len(extra):
-                raise ChannelError(f"output {index} lies outside its memfd")
-        elif index >= len(call.reserves):
-            raise ChannelError(f"output {index} lies where nothing was reserved")
+        if arena == OVERFLOW:
+            if extra is None or offset % ALIGN or offset + nbytes > len(extra):
+                raise ChannelError(f"output {place} lies outside its memfd")
+            sources.append(memoryview(extra))
+        elif place >= len(reserves):
+            raise ChannelError(f"output {place} lies where nothing was reserved")
         else:
-            reserve = call.reserves[index]
-            if (tensor.arena, tensor.offset) != (reserve.arena, reserve.offset) or tensor.nbytes > reserve.nbytes:
-                raise ChannelError(f"output {index} lies outside its lease")
-    return extra
+            reserve = reserves[place]
+            if arena != reserve.arena or offset != reserve.offset or nbytes > reserve.nbytes:
+                raise ChannelError(f"output {place} lies outside its lease")
+            sources.append(memoryview(memories[arena]).toreadonly())
+        if dtype is DType.STRING and (nbytes > _MILLISECONDS or math.prod(shape) > MANY):
+            slow = True
+
+    def copy() -> list[Tensor]:
+        return [read(source, tensor) for source, tensor in zip(sources, record.tensors, strict=True)]
+
+    return copy if slow else copy()
 
 
-def outputs_of(record: Record, memories: Sequence[mmap.mmap], extra: mmap.mmap | None) -> list[Tensor]:
-    """The outputs of a checked answer: views, or copies of strings. Raises ChannelError if sizes do not agree."""
-    return [
-        read(memoryview(extra if tensor.arena == OVERFLOW and extra else memories[tensor.arena]).toreadonly(), tensor)
-        for tensor in record.tensors
-    ]
-
-
-def takes_long(record: Record) -> bool:
-    """Whether `outputs_of` needs a thread: strings are copied one by one."""
-    return any(
-        tensor.dtype is DType.STRING and (math.prod(tensor.shape) > 16_384 or tensor.nbytes > _MILLISECONDS)
-        for tensor in record.tensors
-    )
+def _map(fds: Sequence[int], limit: int) -> mmap.mmap | None:
+    if not fds:
+        return None
+    if len(fds) > 1:
+        raise ChannelError(f"an answer with {len(fds)} descriptors")
+    size = sealed_size(fds[0], limit)
+    try:
+        return mmap.mmap(fds[0], size, prot=mmap.PROT_READ)
+    except (OSError, ValueError) as error:
+        raise ChannelError(f"a memfd that cannot be mapped: {error}") from None

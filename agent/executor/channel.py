@@ -31,10 +31,12 @@ OVERFLOW = 0xFFFF
 """The arena number of a one-off memfd."""
 
 HEADER = struct.Struct("<4sBBBBIIQqQQ")
-DESCRIPTOR = struct.Struct("<HHBBHQQ8q")
+DESCRIPTOR = struct.Struct("<HHBBHQQ8Q")
 MAX_RECORD = HEADER.size + 2 * MAX_TENSORS * DESCRIPTOR.size + MAX_TEXT
 _MAGIC = b"SLT1"
 _PADDING = tuple((0,) * (MAX_RANK - rank) for rank in range(MAX_RANK + 1))
+_CUT = int(socket.MSG_TRUNC) | int(socket.MSG_CTRUNC)
+_CLOEXEC = int(socket.MSG_CMSG_CLOEXEC)
 _ANCILLARY = socket.CMSG_SPACE(MAX_FDS * 4)
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
@@ -89,6 +91,7 @@ class Record:
     fds: int = 0
 
 
+_KINDS = {int(kind): kind for kind in Kind}
 _DTYPES = tuple(DType)
 _CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
 _ITEMSIZE: dict[DType, int] = {dtype: dtype.numpy.itemsize for dtype in DType if dtype is not DType.STRING}
@@ -141,10 +144,9 @@ def unpack(data: bytes) -> Record:
     start = HEADER.size + (tensors + reserves) * DESCRIPTOR.size
     if len(data) != start + text:
         raise ChannelError(f"a record of {len(data)} bytes that should have {start + text}")
-    try:
-        known = Kind(kind)
-    except ValueError:
-        raise ChannelError(f"a record of unknown kind {kind}") from None
+    known = _KINDS.get(kind)
+    if known is None:
+        raise ChannelError(f"a record of unknown kind {kind}")
     found = [_descriptor(data, HEADER.size + place * DESCRIPTOR.size) for place in range(tensors + reserves)]
     return Record(
         known,
@@ -162,7 +164,7 @@ def unpack(data: bytes) -> Record:
 
 def _descriptor(data: bytes, at: int) -> Descriptor:
     number, arena, code, rank, zero, offset, nbytes, *dims = DESCRIPTOR.unpack_from(data, at)
-    if rank > MAX_RANK or code >= len(_DTYPES) or zero or any(dims[rank:]) or (rank and min(dims[:rank]) < 0):
+    if code >= len(_DTYPES) or rank > MAX_RANK or zero or tuple(dims[rank:]) != _PADDING[rank]:
         raise ChannelError("a tensor with a malformed dtype, rank or shape")
     return Descriptor(number, arena, _DTYPES[code], offset, nbytes, tuple(dims[:rank]))
 
@@ -194,37 +196,44 @@ def send(sock: socket.socket, data: bytes, fds: Sequence[int] = ()) -> None:
         raise ChannelClosed from None
 
 
-def receive(sock: socket.socket) -> tuple[Record, list[int]]:
-    """One record and the descriptors that came with it, which are the caller's to close.
+class Receiver:
+    """The reading side of a socket, with a buffer of its own."""
 
-    Raises ChannelClosed at the end, ChannelError (with every descriptor closed) for a malformed record or too many
-    descriptors, BlockingIOError as the socket is set.
-    """
-    try:
-        data, ancillary, flags, _ = sock.recvmsg(MAX_RECORD, _ANCILLARY, socket.MSG_CMSG_CLOEXEC)
-    except ConnectionResetError:
-        raise ChannelClosed from None
-    if not ancillary and not flags and data:
-        record = unpack(data)
-        if record.fds:
-            raise ChannelError("a record without its descriptors")
-        return record, []
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._buffer = bytearray(MAX_RECORD)
+
+    def receive(self) -> tuple[Record, list[int]]:
+        """One record and the descriptors that came with it, which are the caller's to close.
+
+        Raises ChannelClosed at the end, ChannelError (with every descriptor closed) for a malformed record or too many
+        descriptors, BlockingIOError as the socket is set.
+        """
+        try:
+            size, ancillary, flags, _ = self._sock.recvmsg_into((self._buffer,), _ANCILLARY, _CLOEXEC)
+        except ConnectionResetError:
+            raise ChannelClosed from None
+        fds = _descriptors(ancillary) if ancillary else []
+        try:
+            if flags & _CUT:
+                raise ChannelError("a record that is too long, or with too many descriptors")
+            if not size:
+                raise ChannelClosed
+            record = unpack(bytes(memoryview(self._buffer)[:size]))
+            if record.fds != len(fds):
+                raise ChannelError(f"a record with {len(fds)} descriptors that says {record.fds}")
+        except BaseException:
+            close_all(fds)
+            raise
+        return record, fds
+
+
+def _descriptors(ancillary: Sequence[tuple[int, int, bytes]]) -> list[int]:
     fds = array.array("i")
     for level, kind, content in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             fds.frombytes(content[: len(content) // fds.itemsize * fds.itemsize])
-    try:
-        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
-            raise ChannelError("a record that is too long, or with too many descriptors")
-        if not data:
-            raise ChannelClosed
-        record = unpack(data)
-        if record.fds != len(fds):
-            raise ChannelError(f"a record with {len(fds)} descriptors that says {record.fds}")
-    except BaseException:
-        close_all(fds)
-        raise
-    return record, list(fds)
+    return list(fds)
 
 
 def close_all(fds: Sequence[int]) -> None:

@@ -164,12 +164,13 @@ class _Child:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
+        self._receiver = channel.Receiver(sock)
         self.generation = 0
         self.memories: list[mmap.mmap] = []
 
     def greet(self) -> tuple[dict[str, Any], int]:
         """(what to do, bytes of private memory allowed), once the shared memory is mapped."""
-        record, fds = channel.receive(self._sock)
+        record, fds = self._receiver.receive()
         try:
             if record.kind is not Kind.HELLO:
                 raise ChannelError(f"{record.kind.name} in the place of HELLO")
@@ -185,7 +186,7 @@ class _Child:
     def receive(self) -> Job | None:
         """The next request; None when the child is to end."""
         while True:
-            record, fds = channel.receive(self._sock)
+            record, fds = self._receiver.receive()
             channel.close_all(fds)
             if record.kind is Kind.STOP:
                 return None

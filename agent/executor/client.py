@@ -29,12 +29,11 @@ from agent.errors import (
     revive,
 )
 from agent.executor import channel
-from agent.executor.arena import Arena, DecodedMemory, Region, aligned
-from agent.executor.call import Call, Input, Part, Reply, check, outputs_of, takes_long
-from agent.executor.channel import ChannelClosed, ChannelError, Descriptor, Kind, Record
+from agent.executor.arena import ALIGN, Arena, DecodedMemory, Region
+from agent.executor.call import Call, Input, Part, Reply, outputs_of
+from agent.executor.channel import OVERFLOW, ChannelClosed, ChannelError, Kind, Record
 from agent.executor.launch import Launch, launch_decoder, launch_model
 from agent.executor.process import Exit, Process
-from agent.model.signature import DType
 
 __all__ = [
     "Call",
@@ -85,6 +84,7 @@ class Worker:
         self._stopping = False
         self._fault: str | None = None
         self._socket, theirs = channel.pair()
+        self._receiver = channel.Receiver(self._socket)
         try:
             self._process = Process(launch.argv, theirs, role=launch.role, idle=launch.idle, on_exit=self._reaped)
         except BaseException:
@@ -156,15 +156,15 @@ class Worker:
             raise InvalidInput(f"more than {channel.MAX_TENSORS} tensors")
         call = Call(
             self._loop.create_future(),
-            [Part.of(index, tensor, self._maps) for index, tensor in inputs],
+            [Part(number, tensor, self._maps) for number, tensor in inputs],
             [tensor.lease for _, tensor in inputs if isinstance(tensor, Region)],
-            [aligned(max(0, nbytes)) for nbytes in (reserve or self._typical)],
+            [max(0, nbytes + ALIGN - 1) & -ALIGN for nbytes in (reserve or self._typical)],
             deadline_ns,
             self._forget,
         )
-        if any(part.nbytes < 0 for part in call.parts):
+        if not call.measure():
             self._preparing.add(call)
-            flattening = self._loop.run_in_executor(None, _flatten, call.parts)
+            flattening = self._loop.run_in_executor(None, call.flatten)
             flattening.add_done_callback(lambda done: self._flattened(call, done))
             return call
         try:
@@ -179,6 +179,7 @@ class Worker:
         try:
             done.result()
             self._require_alive()
+            call.measure()
             self._admit(call)
         except Exception as error:  # the caller's, whatever it is: MemoryError, Overloaded, ExecutorDied
             call.release()
@@ -189,49 +190,37 @@ class Worker:
             raise self._death()
 
     def _admit(self, call: Call) -> None:
-        size, room = call.size, sum(call.room)
-        if self._output is None and size + room > self.arena.capacity:
-            call.room, room = [], 0  # the outputs come back in a memfd of their own
-        for arena, needed in ((self.arena, size), (self._output, room)):
-            if arena is not None and needed > arena.capacity:
-                raise Overloaded(
-                    f"the request needs {needed} bytes of shared memory, there are {arena.capacity}",
-                    hint="send less at once, or raise executor.arena",
-                )
+        output, capacity = self._output, self.arena.capacity
+        if output is None and call.size + call.space > capacity:
+            call.room, call.space = [], 0  # the outputs come back in a memfd of their own
+        if call.size > capacity or (output is not None and call.space > output.capacity):
+            raise Overloaded(
+                f"the request needs {call.size + call.space} bytes of shared memory, there are {capacity}",
+                hint="send less at once, or raise executor.arena",
+            )
         if self._queue or not self._place(call):
             self._queue.append(call)
 
     def _place(self, call: Call) -> bool:
         """Give the call its memory and send it; False if there is no room now."""
-        size, room = call.size, sum(call.room)
-        lease = self.arena.lease(size if self._output is not None else size + room)
+        output = self._output
+        lease = self.arena.lease(call.size if output is not None else call.size + call.space)
         if lease is None:
             self.arena.on_room = self._pump_soon
             return False
-        offset, number = lease.offset + size, 0
-        if self._output is not None:
-            call.pictures = self._output.lease(room)
+        number, offset = 0, lease.offset + call.size
+        if output is not None:
+            call.pictures = output.lease(call.space)
             if call.pictures is None:
                 lease.release()
-                self._output.on_room = self._pump_soon
+                output.on_room = self._pump_soon
                 return False
-            offset, number = call.pictures.offset, 1
-        call.lease = lease
+            number, offset = 1, call.pictures.offset
         ticket = next(self._tickets)
         self._flight[ticket] = call
-        call.settle()
-        for index, nbytes in enumerate(call.room):
-            call.reserves.append(Descriptor(index, number, DType.UINT8, offset, nbytes))
-            offset += nbytes
+        tensors = call.settle(lease, number, offset)
         data = channel.pack(
-            Record(
-                Kind.RUN,
-                self.generation,
-                ticket,
-                call.deadline_ns,
-                tensors=[part.descriptor for part in call.parts],
-                reserves=call.reserves,
-            )
+            Record(Kind.RUN, self.generation, ticket, call.deadline_ns, tensors=tensors, reserves=call.reserves)
         )
         if call.heavy:
             copying = self._loop.run_in_executor(None, call.copy, self.arena.memory)
@@ -339,7 +328,7 @@ class Worker:
         if self._socket.fileno() < 0:
             return False
         try:
-            record, fds = channel.receive(self._socket)
+            record, fds = self._receiver.receive()
         except BlockingIOError:
             return False
         except ChannelClosed:
@@ -375,16 +364,14 @@ class Worker:
             call.release()
             call.fail(error)
         elif record.kind is Kind.DONE:
-            extra = check(call, record, fds, self.arena.capacity)
             memories = [arena.memory for arena in self._arenas]
-            if takes_long(record) and not call.result.done():
-                reading = self._loop.run_in_executor(None, outputs_of, record, memories, extra)
-                self._answered(record.ticket, call)
-                reading.add_done_callback(lambda done: self._read(call, record, done))
-                return
-            outputs = outputs_of(record, memories, extra)
+            outputs = outputs_of(call, record, fds, memories, self.arena.capacity)
             self._answered(record.ticket, call)
-            self._deliver(call, record, outputs)
+            if isinstance(outputs, list):
+                self._deliver(call, record, outputs)
+            else:
+                reading = self._loop.run_in_executor(None, outputs)
+                reading.add_done_callback(lambda done: self._read(call, record, done))
         else:
             raise ChannelError(f"a record of kind {record.kind.name}")
 
@@ -406,17 +393,19 @@ class Worker:
 
     def _deliver(self, call: Call, record: Record, outputs: list[Any]) -> None:
         lease = call.pictures or call.lease
-        sizes = [tensor.nbytes for tensor in record.tensors]
-        self._typical = [
-            min(max(size, before * 7 // 8), self.arena.capacity // 8)
-            for size, before in itertools.zip_longest(sizes, self._typical[: len(sizes)], fillvalue=0)
-        ]
+        if len(call.room) < len(record.tensors) or any(tensor.arena == OVERFLOW for tensor in record.tensors):
+            self._learn(record)
         if call.result.done():
             call.release()
             return
         call.release(keep=lease)
         timings = {"queue_ns": record.queue_ns, "run_ns": record.run_ns}
         call.result.set_result(Reply(outputs, timings, list(record.tensors), lease, self._loop))
+
+    def _learn(self, record: Record) -> None:
+        """What an answer took that did not fit its reserve is reserved for the next by default."""
+        most = self.arena.capacity // 8
+        self._typical = [min(tensor.nbytes, most) for tensor in record.tensors]
 
     # --- the beginning and the end ----------------------------------------------------------------------------------
 
@@ -531,12 +520,6 @@ class Worker:
         if not self._ready.done() and ("bad_alloc" in words or "MemoryError" in words):
             return ExecutorError(f"{who} ran out of memory: {words}", code="OUT_OF_MEMORY")
         return ExecutorDied(f"{who} ended ({exit_})" + (f": {words}" if words else ""))
-
-
-def _flatten(parts: Sequence[Part]) -> None:
-    for part in parts:
-        if part.nbytes < 0:
-            part.flatten()
 
 
 def _error(document: dict[str, Any]) -> SlotdError:

@@ -1,8 +1,8 @@
 """What an ONNX file says of its inputs and outputs, without loading it: a slot's graph need not run on the CPU.
 
 Reads the protocol buffer's own encoding, for that is all that is needed of it: ModelProto.graph (7); GraphProto
-initializer (5), input (11), output (12); ValueInfoProto name (1), type (2); field numbers as in onnx.proto3. Weights are
-skipped, not read.
+initializer (5), input (11), output (12); ValueInfoProto name (1), type (2), with the numbers of onnx.proto3. Weights
+are skipped, not read.
 """
 
 from __future__ import annotations
