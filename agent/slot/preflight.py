@@ -58,6 +58,7 @@ async def preflight(
     bridge = resident.bridge
     if bridge is None:
         return resident
+    deployment.notes["capacity_per_s"] = round(1.0 / resident.service, 1)
     if not known:
         report = await prove_seat(bridge, None, driver, config, seed=0)
         deployment.notes["preflight"] = report.as_dict()

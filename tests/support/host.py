@@ -97,7 +97,7 @@ class Host:
 
     # --- life ---------------------------------------------------------------------------------------------------------
 
-    def start(self, *, kill_at: str | None = None, wait: bool = True) -> Host:
+    def start(self, *, kill_at: str | None = None, wait: bool = True, frail: bool = False) -> Host:
         """Starts it; ready when systemd would be told so. `kill_at`: SIGKILLs itself when that phase is journaled."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "config.yaml"
@@ -109,7 +109,12 @@ class Host:
             listener.settimeout(60)
             self.process = subprocess.Popen(
                 [sys.executable, str(RUNNER), str(path), kill_at or ""],
-                env={**os.environ, "NOTIFY_SOCKET": str(notify), "PYTHONUNBUFFERED": "1"},
+                env={
+                    **os.environ,
+                    "NOTIFY_SOCKET": str(notify),
+                    "PYTHONUNBUFFERED": "1",
+                    "FRAIL": "1" if frail else "",
+                },
                 stdout=log,
                 stderr=log,
                 stdin=subprocess.DEVNULL,

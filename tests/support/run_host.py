@@ -1,4 +1,8 @@
-"""Runs the daemon as `slotd run` does; with a phase as second argument it kills itself when that phase is journaled."""
+"""Runs the daemon as `slotd run` does.
+
+With a phase as second argument it kills itself when that phase is journaled; with FRAIL=1 in the environment its
+executors end at an input of 13.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,9 @@ import asyncio
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from agent.memory import tune_malloc
 
@@ -17,10 +23,24 @@ from agent.journal.database import Journal  # noqa: E402
 from agent import daemon  # noqa: E402
 from agent.config import read_config  # noqa: E402
 from agent.errors import SlotdError  # noqa: E402
+from agent.executor.client import Launch, launch_model  # noqa: E402
 from agent.logs import configure  # noqa: E402
+from agent.slot import installer, residents  # noqa: E402
+
+
+def make_frail() -> None:
+    """Executors run tests/support/frail_child.py."""
+    child = str(Path(__file__).with_name("frail_child.py"))
+
+    def launch(*args: Any, **more: Any) -> Launch:
+        return replace(launch_model(*args, **more), argv=(sys.executable, child))
+
+    installer.launch_model = residents.launch_model = launch
 
 
 def main() -> int:
+    if os.environ.get("FRAIL"):
+        make_frail()
     path, phase = Path(sys.argv[1]), sys.argv[2]
     if phase:
         journaled = Journal.phase
