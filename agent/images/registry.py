@@ -48,6 +48,8 @@ def open_registry(
     found = read_credentials(credentials, reference.host) if credentials else None
     url = httpx.URL(f"{'http' if plain else 'https'}://{reference.host}")
     with httpx.Client(
+        # The host's own CAs, as for every other program on it (httpx would take a list of its own).
+        verify=False if plain else ssl.create_default_context(),
         timeout=httpx.Timeout(timeout, connect=min(timeout, CONNECT_TIMEOUT)),
         follow_redirects=False,
         trust_env=url.host not in ("localhost", "127.0.0.1", "::1"),  # no proxy leads to this host

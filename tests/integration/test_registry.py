@@ -13,7 +13,7 @@ from support.images import describe, file_member, make_image, make_image_of_tars
 from support.pulling import fetch, images_config, open_store
 from support.registry import running_registry
 
-from agent.errors import InvalidImage, NotFound, RegistryDenied, RegistryError, StorageError
+from agent.errors import InvalidImage, NotFound, RegistryDenied, RegistryError, RegistryRefused, StorageError
 from agent.images.pull import pull, resolve, unpack
 
 PASSWORD = "tr0ub4dor-and-3"
@@ -153,6 +153,21 @@ async def test_a_password_opens_and_a_wrong_one_does_not(tmp_path, locked, caplo
         assert "passw0rd" not in json.dumps(caught.value.as_dict())
     said = caplog.text + "".join(capfd.readouterr())
     assert PASSWORD not in said and "passw0rd" not in said
+
+
+async def test_tls_with_the_hosts_own_authorities(tmp_path, monkeypatch):
+    made = tmp_path / "made"
+    digest = make_image(made, "t", MODEL)
+    with running_registry(tmp_path / "tls", tls=True) as secured:
+        push_image(made, "t", secured.host, "a", "1", ca=tmp_path / "tls/ca.pem")
+        config = images_config()
+        store = await open_store(tmp_path / "state", config)
+        with pytest.raises(RegistryRefused, match="certificate is not trusted: self-signed"):
+            await resolve(f"{secured.host}/a:1", config)
+        with pytest.raises(RegistryRefused, match="answered 400"):
+            await resolve(f"{secured.host}/a:1", images_config(insecure_registries=[secured.host]))
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "tls/ca.pem"))
+        assert (await fetch(f"{secured.host}/a:1", store, config)).digest == digest
 
 
 async def test_what_is_not_there(tmp_path, registry):

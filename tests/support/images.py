@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import io
 import json
+import ssl
 import tarfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -139,12 +140,20 @@ def pack_tar(members: Iterable[Member], format: int = tarfile.PAX_FORMAT) -> byt
 
 
 def push_image(
-    layout: Path, tag: str, host: str, name: str, as_tag: str | None = None, auth: tuple[str, str] | None = None
+    layout: Path,
+    tag: str,
+    host: str,
+    name: str,
+    as_tag: str | None = None,
+    auth: tuple[str, str] | None = None,
+    ca: Path | None = None,
 ) -> str:
-    """Push an image of a layout to `http://host/v2/name`; its manifest digest."""
+    """Push an image of a layout to repository `name` (over TLS if `ca` is given); its manifest digest."""
     index = json.loads((layout / "index.json").read_bytes())
     entry = next(item for item in index["manifests"] if item["annotations"]["org.opencontainers.image.ref.name"] == tag)
-    with httpx.Client(base_url=f"http://{host}/v2/{name}", auth=auth, trust_env=False, timeout=30) as client:
+    url = f"{'https' if ca else 'http'}://{host}/v2/{name}"
+    verify = ssl.create_default_context(cafile=str(ca)) if ca else False
+    with httpx.Client(base_url=url, auth=auth, trust_env=False, timeout=30, verify=verify) as client:
         _push(client, layout, entry, as_tag or tag)
     return str(entry["digest"])
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -18,7 +19,7 @@ USER = "puller"
 
 @dataclass(frozen=True)
 class RunningRegistry:
-    """`host` is 127.0.0.1:port; `folder` holds its blobs; `auth` is (user, password) or None."""
+    """`host` is 127.0.0.1:port; `folder` holds its blobs and `ca.pem` (TLS); `auth` is (user, password) or None."""
 
     host: str
     folder: Path
@@ -31,12 +32,12 @@ class RunningRegistry:
 
 
 @contextmanager
-def running_registry(folder: Path, password: str | None = None) -> Iterator[RunningRegistry]:
+def running_registry(folder: Path, password: str | None = None, tls: bool = False) -> Iterator[RunningRegistry]:
     """Start docker-registry with its blobs in `folder`; with `password`, only user `puller` may do anything."""
     folder.mkdir(parents=True, exist_ok=True)
     with socket.create_server(("127.0.0.1", 0)) as free:
         host = f"127.0.0.1:{free.getsockname()[1]}"
-    config = {
+    config: dict[str, Any] = {
         "version": "0.1",
         "log": {"level": "error", "accesslog": {"disabled": True}},
         "storage": {"filesystem": {"rootdirectory": str(folder)}, "delete": {"enabled": True}},
@@ -49,23 +50,29 @@ def running_registry(folder: Path, password: str | None = None) -> Iterator[Runn
         )
         users.write_bytes(made.stdout)
         config["auth"] = {"htpasswd": {"realm": "test", "path": str(users)}}
+    if tls:
+        config["http"]["tls"] = {"certificate": str(folder / "ca.pem"), "key": str(folder / "key.pem")}
+        subject = ["-subj", "/CN=test registry", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "2", "-nodes"]
+        kind = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"]
+        files = ["-keyout", str(folder / "key.pem"), "-out", str(folder / "ca.pem")]
+        subprocess.run(["openssl", "req", "-x509", *kind, *subject, *files], capture_output=True, check=True)
     written = folder / "config.yml"
     written.write_text(json.dumps(config))
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(["docker-registry", "serve", str(written)], stdout=log, stderr=log)
         try:
-            _wait(process, host, folder / "log")
+            _wait(process, f"{'https' if tls else 'http'}://{host}/v2/", folder / "log")
             yield RunningRegistry(host, folder, (USER, password) if password is not None else None)
         finally:
             process.kill()
             process.wait()
 
 
-def _wait(process: subprocess.Popen[bytes], host: str, log: Path) -> None:
+def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline and process.poll() is None:
         try:
-            if httpx.get(f"http://{host}/v2/", trust_env=False, timeout=5).status_code in (200, 401):
+            if httpx.get(url, trust_env=False, timeout=5, verify=False).status_code in (200, 401):
                 return
         except httpx.TransportError:
             time.sleep(0.05)
