@@ -10,8 +10,7 @@ from typing import Any, Literal
 
 from agent.health.document import timestamp
 
-Severity = Literal["info", "warning", "error"]
-Change = Literal["raised", "cleared"]
+Severity = Literal["info", "warning", "error", "critical"]
 _ID = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*(:[A-Za-z0-9_.:/-]{1,128})?")
 
 
@@ -40,12 +39,12 @@ class Issue:
 class Issues:
     """The host's issues, oldest first. Belongs to the event loop's thread.
 
-    `on_change` is called with ("raised" | "cleared", the issue) once for each; raising one that stands only brings its
-    words up to date, so a fault that is seen every second makes one event.
+    `on_event` is called with ("issue_raised" | "issue_cleared", the issue's document) once for each; raising one that
+    stands only brings its words up to date, so a fault that is seen every second makes one event.
     """
 
-    def __init__(self, on_change: Callable[[Change, Issue], None] | None = None) -> None:
-        self.on_change = on_change
+    def __init__(self, on_event: Callable[[str, dict[str, Any]], None] | None = None) -> None:
+        self.on_event = on_event
         self._open: dict[str, Issue] = {}
 
     def raise_(self, id: str, severity: Severity, message: str, hint: str | None = None) -> None:
@@ -55,14 +54,14 @@ class Issues:
         standing = self._open.get(id)
         since = standing.since if standing else time.time()
         issue = self._open[id] = Issue(id, severity, since, message, hint)
-        if self.on_change and (standing is None or standing.severity != severity):
-            self.on_change("raised", issue)
+        if self.on_event and (standing is None or standing.severity != severity):
+            self.on_event("issue_raised", issue.as_dict())
 
     def clear(self, id: str) -> None:
         """It is over; nothing happens if it was not raised."""
         issue = self._open.pop(id, None)
-        if issue and self.on_change:
-            self.on_change("cleared", issue)
+        if issue and self.on_event:
+            self.on_event("issue_cleared", issue.as_dict())
 
     def __contains__(self, id: object) -> bool:
         return id in self._open

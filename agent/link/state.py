@@ -213,50 +213,67 @@ def observe(memory: Memory, status: Mapping[str, Any]) -> Memory:
         return memory
     if memory.state == "applying":
         found = find(memory, status)
-        if found is None or found.get("outcome") is None:
+        if found is None:
             return memory
-        digest = found.get("digest") if (memory.section or {}).get("image") else None
-        memory = ended(memory, str(found["outcome"]), digest=digest, error=found.get("error"))
+        memory = replace(memory, task=found["id"])
+        if found.get("outcome") is None:
+            return memory
+        memory = over(memory, found, status)
     if memory.state == "waiting":
         return memory
     if in_sync(memory, status):
         return replace(memory, override=None) if memory.override else memory
     last = status.get("last") or {}
-    actor = last.get("actor") or {}
     if (
         last.get("outcome") != "committed"
-        or actor.get("kind") in _OURS
+        or _kind(last) in _OURS
         or last.get("id") in (None, memory.task, memory.seen)
         or (memory.override or {}).get("task") == last.get("id")
     ):
         return memory
     override = {
-        "by": " ".join(str(actor[key]) for key in ("kind", "name") if actor.get(key)),
+        "by": _actor(last),
         "since": last.get("started"),
-        "reason": f"{last.get('reference') or 'an empty slot'} was put in force by hand",
+        "reason": f"{last.get('kind') or 'deploy'} {last.get('reference') or ''}".strip(),
         "task": last.get("id"),
     }
     return replace(memory, override=override)
 
 
-def find(memory: Memory, status: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The deployment that carries out the wish, where the status has it.
+def over(memory: Memory, deployment: Mapping[str, Any], status: Mapping[str, Any]) -> Memory:
+    """The memory after the deployment that carried out the wish, from that deployment's document."""
+    digest = None
+    if (memory.section or {}).get("image") is not None:
+        digest = deployment.get("digest") or (status.get("committed") or {}).get("digest")
+    return ended(memory, str(deployment["outcome"]), digest=digest, error=deployment.get("error"))
 
-    Without its id (the agent was cut off before it knew it), the one by desired state for the same image.
-    """
+
+def find(memory: Memory, status: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The deployment that carries out the wish, where the status has it: the one that a restart put in its place, or
+    the one with its id; without an id (the agent was cut off before it knew it) the one for the same image."""
     image = (memory.section or {}).get("image")
-    for key in ("waiting", "deployment", "last"):
-        deployment: Mapping[str, Any] = status.get(key) or {}
-        if memory.task is not None:
-            if deployment.get("id") == memory.task:
+    deployments: list[Mapping[str, Any]] = [status[key] for key in ("waiting", "deployment", "last") if status.get(key)]
+    if memory.task is None:
+        for deployment in deployments:
+            ours = _kind(deployment) == "desired" and deployment.get("reference") == image
+            if ours and deployment.get("id") not in (None, memory.seen):
                 return deployment
-        elif (
-            deployment.get("id") not in (None, memory.seen)
-            and (deployment.get("actor") or {}).get("kind") == "desired"
-            and deployment.get("reference") == image
-        ):
+        return None
+    for deployment in deployments:
+        if _actor(deployment) == f"resume of {memory.task}":
             return deployment
-    return None
+    return next((deployment for deployment in deployments if deployment.get("id") == memory.task), None)
+
+
+def _actor(deployment: Mapping[str, Any]) -> str:
+    actor = deployment.get("actor") or ""
+    if isinstance(actor, Mapping):
+        return " ".join(str(actor[key]) for key in ("kind", "name") if actor.get(key))
+    return str(actor)
+
+
+def _kind(deployment: Mapping[str, Any]) -> str:
+    return _actor(deployment).partition(" ")[0]
 
 
 def in_sync(memory: Memory, status: Mapping[str, Any]) -> bool:
