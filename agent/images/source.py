@@ -23,9 +23,9 @@ class ImageSource:
         """Makes the store ready. Raises StorageError."""
         await self.store.open()
 
-    async def resolve(self, reference: str) -> str:
-        """The manifest digest of a reference."""
-        return await resolve(reference, self.config.images)
+    async def resolve(self, reference: str, digest: str | None) -> str:
+        """The digest of this platform's manifest; needs no registry if it is pinned and here already."""
+        return await resolve(reference, self.config.images, digest=digest, store=self.store)
 
     async def fetch(self, reference: str, digest: str, progress: Callable[[dict[str, Any]], None]) -> None:
         """All blobs into the store."""
@@ -33,7 +33,7 @@ class ImageSource:
 
     async def unpack(self, reference: str, digest: str) -> None:
         """The model's files onto the disk."""
-        await unpack(digest, self.store, self.config.images, lambda _: None)
+        await unpack(digest, self.store, self.config.images, lambda _: None, reference=reference)
 
     async def has(self, digest: str) -> bool:
         """Whether it is unpacked."""

@@ -39,8 +39,8 @@ RETRIES = 1
 class Images(Protocol):
     """Where models come from."""
 
-    async def resolve(self, reference: str) -> str:
-        """The manifest digest of a reference. Raises RegistryError, NotFound, InvalidInput."""
+    async def resolve(self, reference: str, digest: str | None) -> str:
+        """The manifest digest of a reference, pinned by `digest`. Raises RegistryError, NotFound, InvalidInput."""
 
     async def fetch(self, reference: str, digest: str, progress: Callable[[dict[str, Any]], None]) -> None:
         """All blobs into the store, each verified. Raises RegistryError, InvalidImage, StorageError."""
@@ -333,7 +333,7 @@ class Deployments:
     async def _bring(self, deployment: Deployment, wish: Wish) -> Model | None:
         """Resolve, pull, verify, unpack, inspect. None: it is the model in force already."""
         await self._enter(deployment, Phase.RESOLVE)
-        digest = wish.digest or await self.images.resolve(wish.reference)
+        digest = await self.images.resolve(wish.reference, wish.digest)
         deployment.digest = deployment.turn.digest = digest
         committed = self.boot.committed
         if committed is not None and committed.digest == digest and not wish.force:
@@ -496,9 +496,7 @@ _TOUCHING = {phase.value for phase in Phase if phase.touches_slot} | {"roll_back
 
 
 def _reached(row: dict[str, Any]) -> str:
-    phases = row.get("phases") or []
-    last = phases[-1] if phases else "the start"
-    return str(last["phase"]) if isinstance(last, dict) else str(last)
+    return str(row.get("phase") or "the start")
 
 
 def _new_id() -> str:
