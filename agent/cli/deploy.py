@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from pathlib import Path
 from typing import Annotated, Any
@@ -54,7 +55,7 @@ def deploy(
     _start(
         "deploy",
         {
-            "image": image,
+            "image": _absolute(image),
             "force": force,
             "accept_dark": accept_dark,
             "allow_signature_change": True if allow_signature_change else None,
@@ -91,7 +92,9 @@ def rollback(
 
 @app.command(rich_help_panel=MODELS)
 def cancel(
-    task: Annotated[str | None, typer.Argument(help="Default: the deployment in hand.", metavar="[TASK]")] = None,
+    task: Annotated[
+        str | None, typer.Argument(help="Default: the one that waits, else the one that runs.", metavar="[TASK]")
+    ] = None,
     as_json: JsonOption = False,
     socket: SocketOption = None,
     config: ConfigOption = None,
@@ -174,6 +177,12 @@ def _follow(task: str, *, as_json: bool, socket: Path | None, config: Path | Non
     if outcome is None:
         raise Unavailable(f"the daemon stopped telling about {task}", hint=f"ask again: slotd task {task}")
     raise typer.Exit(EXITS.get(outcome, 70))
+
+
+def _absolute(image: str) -> str:
+    """The daemon runs in another folder than we."""
+    scheme, _, place = image.partition(":")
+    return f"oci:{os.path.abspath(place)}" if scheme == "oci" and place else image
 
 
 def _time(text: str | None) -> float | None:

@@ -354,6 +354,8 @@ def test_deploy_passes_everything_on(admin: Admin) -> None:
         "probation": 90.0,
     }
     assert seconds["probation"] == 2.5
+    cli("deploy", "oci:images:a@sha256:0", "--no-wait", "--socket", admin.path)
+    assert admin.host.asked[-1][1]["reference"] == f"oci:{Path.cwd()}/images:a@sha256:0"
     assert (bare["allow_signature_change"], bare["probation"], bare["force"]) == (None, None, False)
 
 
