@@ -41,6 +41,8 @@ class SlotdError(Exception):
     def as_dict(self) -> dict[str, Any]:
         """The error as it goes over MQTT, the admin socket and from a child to the agent."""
         document: dict[str, Any] = {"code": self.code, "message": self.message}
+        if self.code != type(self).code:
+            document["category"] = type(self).code
         for key in ("hint", "field", "retry_after"):
             value = getattr(self, key)
             if value is not None:
@@ -216,7 +218,8 @@ class Poison(ExecutorError):
 def revive(document: dict[str, Any]) -> SlotdError:
     """The error that `as_dict` described, as the nearest class; used for what a child process or the daemon tells."""
     code = str(document.get("code", "INTERNAL"))
-    kind = _BY_CODE.get(code) or (SlotError if code in SLOT_CODES else ExecutorError)
+    category = str(document.get("category", code))
+    kind = _BY_CODE.get(category) or (SlotError if code in SLOT_CODES else ExecutorError)
     retry = document.get("retry_after")
     return kind(
         str(document.get("message", "no message")),

@@ -1,73 +1,67 @@
-"""The commands that every host has."""
+"""The commands that every slotd has."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from agent.commands.host import Host
 from agent.commands.table import Actor, Arguments, Command, Table
+from agent.config import Seconds
 from agent.model.wish import Wish
+
+Task = Annotated[str, Field(min_length=1, max_length=128)]
 
 
 class Nothing(Arguments):
     """No arguments."""
 
 
-class DeployArguments(Arguments):
-    """What `deploy` takes."""
+class Deploy(Arguments):
+    """A wish."""
 
-    image: str = Field(min_length=1, max_length=1024, description="registry/name:tag, name@sha256:… or oci:FOLDER:tag")
-    digest: str | None = Field(
-        None, pattern=r"^sha256:[0-9a-f]{64}$", description="the manifest digest that the image must have"
-    )
-    force: bool = Field(False, description="also if it is the model in force, or was cut off before")
-    accept_dark: bool = Field(False, description="take a model without a CPU twin: nothing answers during the swap")
-    allow_signature_change: bool | None = Field(
-        None, description="take other tensor names, dtypes or shapes; default: as the config says"
-    )
-    probation: float | None = Field(
-        None, ge=0, le=86400, description="seconds of probation; default: as the config says"
-    )
-
-
-class TaskArguments(Arguments):
-    """What `task` takes."""
-
-    task: str = Field(
-        min_length=1, max_length=128, description="the id that deploy, undeploy or rollback answered with"
-    )
+    image: Annotated[str, Field(min_length=1, max_length=1024, pattern=r"^[!-~]+$")]
+    """The image: host:port/name:tag, or oci:/folder:tag."""
+    digest: Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")] | None = None
+    """The manifest digest that it must have."""
+    force: bool = False
+    """Deploy also what is in force already, or was cut off before."""
+    allow_signature_change: bool | None = None
+    """Whether the tensors may differ from the committed model's; default: as configured."""
+    accept_dark: bool = False
+    """Deploy a model that cannot be answered from the CPU while the slot is down."""
+    probation: Seconds | None = None
+    """How long the model is watched before it is committed (30s, 5m or seconds); default: as configured."""
 
 
-class CancelArguments(Arguments):
-    """What `cancel` takes."""
+class Cancel(Arguments):
+    """Which one."""
 
-    task: str | None = Field(
-        None, min_length=1, max_length=128, description="the task; default: the one that waits, else the one that runs"
-    )
+    task: Task | None = None
+    """The deployment's id; default: the one in hand."""
+
+
+class OneTask(Arguments):
+    """Which one."""
+
+    task: Task
+    """The deployment's id."""
 
 
 def build_table(host: Host) -> Table:
-    """The table over a host."""
+    """The commands over a host. The host is not touched until one is run."""
 
-    async def ping(_: Nothing, __: Actor) -> dict[str, Any]:
+    async def ping(_: Nothing, actor: Actor) -> dict[str, Any]:
         status = host.status()
-        return {"pong": True, **{key: status[key] for key in ("device", "version", "uptime_s")}}
+        return {"pong": True, **{key: status.get(key) for key in ("device", "version", "uptime_s")}}
 
-    async def status(_: Nothing, __: Actor) -> dict[str, Any]:
+    async def status(_: Nothing, actor: Actor) -> dict[str, Any]:
         return host.status()
 
-    async def deploy(arguments: DeployArguments, actor: Actor) -> dict[str, Any]:
-        wish = Wish(
-            arguments.image,
-            digest=arguments.digest,
-            force=arguments.force,
-            accept_dark=arguments.accept_dark,
-            allow_signature_change=arguments.allow_signature_change,
-            probation=arguments.probation,
-        )
-        return await host.deploy(wish, actor)
+    async def deploy(wanted: Deploy, actor: Actor) -> dict[str, Any]:
+        fields = wanted.model_dump(exclude={"image"})
+        return await host.deploy(Wish(reference=wanted.image, **fields), actor)
 
     async def undeploy(_: Nothing, actor: Actor) -> dict[str, Any]:
         return await host.undeploy(actor)
@@ -75,21 +69,21 @@ def build_table(host: Host) -> Table:
     async def rollback(_: Nothing, actor: Actor) -> dict[str, Any]:
         return await host.rollback(actor)
 
-    async def cancel(arguments: CancelArguments, actor: Actor) -> dict[str, Any]:
-        return await host.cancel(arguments.task, actor)
+    async def cancel(which: Cancel, actor: Actor) -> dict[str, Any]:
+        return await host.cancel(which.task, actor)
 
-    async def task(arguments: TaskArguments, _: Actor) -> dict[str, Any]:
-        return await host.task(arguments.task)
+    async def task(which: OneTask, actor: Actor) -> dict[str, Any]:
+        return await host.task(which.task)
 
     table = Table()
-    for command in (
-        Command("ping", "Say that you are there.", Nothing, False, ping),
-        Command("status", "Tell the whole state of the host.", Nothing, False, status),
-        Command("deploy", "Put an image's model into the slot; answers with a task.", DeployArguments, True, deploy),
-        Command("undeploy", "Serve nothing any more; answers with a task.", Nothing, True, undeploy),
-        Command("rollback", "Call off the deployment in hand, or go to the previous model.", Nothing, True, rollback),
-        Command("cancel", "Call a deployment off.", CancelArguments, True, cancel),
-        Command("task", "Tell how a task stands.", TaskArguments, False, task),
+    for name, changes, arguments, run, text in (
+        ("ping", False, Nothing, ping, "Answers at once, with the device's name and version."),
+        ("status", False, Nothing, status, "The whole state of the host."),
+        ("deploy", True, Deploy, deploy, "Makes an image the model in the slot; answers with a task id."),
+        ("undeploy", True, Nothing, undeploy, "Takes the model out of the slot; the host boots empty."),
+        ("rollback", True, Nothing, rollback, "Calls off the deployment in hand, or goes back to the previous model."),
+        ("cancel", True, Cancel, cancel, "Calls off a deployment."),
+        ("task", False, OneTask, task, "How a deployment stands, or how it ended."),
     ):
-        table.add(command)
+        table.add(Command(name, text, arguments, changes, run))
     return table

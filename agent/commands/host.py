@@ -1,4 +1,4 @@
-"""What commands ask of the host."""
+"""What commands need of the host."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ from agent.model.wish import Wish
 
 
 class Host(Protocol):
-    """Implemented by the daemon. All of these raise SlotdError; deployments run on after the answer."""
+    """The daemon, as commands and the link see it. All raise SlotdError; nothing here waits for a deployment to end."""
 
     def status(self) -> dict[str, Any]:
-        """The whole state."""
+        """The status document; cheap."""
 
     async def deploy(self, wish: Wish, actor: Actor) -> dict[str, Any]:
-        """`{"task": id, "outcome": None}` at once."""
+        """Starts a deployment: `task` (its id) and `outcome` (None, or one that was plain at once)."""
 
     async def undeploy(self, actor: Actor) -> dict[str, Any]:
-        """The same; nothing is served afterwards."""
+        """Makes `empty` the committed state: `task`."""
 
     async def rollback(self, actor: Actor) -> dict[str, Any]:
-        """The same; calls off the deployment in hand, or deploys the previous model."""
+        """Calls off the deployment in hand, or deploys the previous model: `task`."""
 
     async def cancel(self, task: str | None, actor: Actor) -> dict[str, Any]:
-        """Calls a deployment off; None: the one that waits, else the one that runs."""
+        """Calls off a deployment, None for the one in hand: `task`."""
 
     async def task(self, task: str) -> dict[str, Any]:
-        """A deployment's document."""
+        """The document of a deployment. Raises NotFound."""
 
     def watch(self, task: str | None = None) -> AsyncIterator[dict[str, Any]]:
-        """A deployment's document whenever it changes; ends with the deployment."""
+        """Documents of deployments as they change, the present one first. With `task` it ends with that one's outcome,
+        or raises NotFound; without, never. Closing the iterator ends it."""

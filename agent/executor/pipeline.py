@@ -11,17 +11,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from agent.errors import InvalidInput, InvalidModel, SlotError
 from agent.executor.child import Job
 from agent.executor.graph import read_graph
 from agent.executor.plan import Graph, Plan, read_plan
 from agent.executor.sessions import Session, open_session
-from agent.model.signature import DType, Signature, Strings, Tensor, TensorSpec
+from agent.model.signature import DType, Signature, Strings, Tensor, TensorSpec, dtype_of
 from drivers import make
 from drivers.base import Completion, Compute, Runtime, SlotStage, Wanted
 
 CPU_DEPTH = 2
 """One runs, one waits in the channel."""
+GRACE = 5.0
+"""Seconds beyond the call timeout in which a runtime may still say itself what is wrong."""
 
 
 @dataclass
@@ -146,8 +151,7 @@ class ModelHandler:
         if self._slot is None or self._runtime is None:
             job.answer([values[name] for name in self._outputs])
             return
-        arrays = {name: values[ours] for name, ours in self._stages[self._slot].takes}
-        numbers = {name: array for name, array in arrays.items() if not isinstance(array, Strings)}
+        numbers = _numbers(self._stages[self._slot], values)
         self._away[job.ticket] = _Away(job, values, time.monotonic())
         try:
             self._runtime.submit(job.ticket, self._slot, numbers)
@@ -178,7 +182,7 @@ class ModelHandler:
         """Seconds until the oldest submission has taken longer than any may; None if there is none."""
         if not self._away:
             return None
-        return min(away.since for away in self._away.values()) + self._timeout - time.monotonic()
+        return min(away.since for away in self._away.values()) + self._timeout + GRACE - time.monotonic()
 
     def _finish(self, away: _Away, completion: Completion) -> None:
         assert self._slot is not None
@@ -235,6 +239,19 @@ def checked(plan: Plan, stages: Sequence[Stage]) -> tuple[Signature, list[str]]:
             )
         _same(spec, known[name], f"model.yaml: outputs.{name}", "the graph makes")
     return plan.signature, list(takes)
+
+
+def _numbers(stage: Stage, values: Mapping[str, Tensor]) -> dict[str, npt.NDArray[np.generic]]:
+    """What a slot's stage takes. Raises InvalidInput for what its graph does not, before a device sees it."""
+    numbers: dict[str, npt.NDArray[np.generic]] = {}
+    for (name, ours), spec in zip(stage.takes, stage.inputs, strict=True):
+        tensor = values[ours]
+        if isinstance(tensor, Strings) or tensor.dtype != spec.dtype.numpy:
+            raise InvalidInput(f"is {dtype_of(tensor).value}, the slot takes {spec.dtype.value}", field=ours)
+        if spec.shape and not spec.accepts(tensor.shape):
+            raise InvalidInput(f"has shape {list(tensor.shape)}, the slot takes {list(spec.shape)}", field=ours)
+        numbers[name] = tensor
+    return numbers
 
 
 def _names(graph: Graph, side: str, renames: dict[str, str], specs: Sequence[TensorSpec]) -> list[tuple[str, str]]:

@@ -140,8 +140,7 @@ class Intake:
         if call is None:
             delivery.acknowledge()
             return None
-        command = next((command for command in self._table if command.name == name), None)
-        changes = command is not None and command.changes
+        changes = name in self._table and self._table.get(name).changes
         actor = Actor("mqtt", call.reply.id or call.reply.topic)
         key = call.key or (call.fingerprint if changes else None)
         if key in self._running:  # the same again while it still runs: it gets that answer
@@ -151,8 +150,7 @@ class Intake:
             known = await self._journal.known(key) if key is not None else None
             if known is None:
                 check_expiry(call, changes=changes, now=time.time())
-                if command is None:
-                    await self._table.run(name, {}, actor)  # raises NotFound, with the names that are near
+                self._table.get(name)
                 if key is not None:
                     known = await self._journal.receive(key, name, delivery.payload, str(actor))
         except StorageError as error:
@@ -217,7 +215,7 @@ class Intake:
             if key is not None:
                 try:
                     await self._journal.answer(key, document)
-                except StorageError as error:
+                except SlotdError as error:
                     _log.warning("an answer could not be kept", command=call.name, error=str(error))
             if shared is not None:
                 shared.set_result(document)
@@ -244,7 +242,7 @@ class Intake:
             if key is not None:
                 try:
                     await self._journal.answer(key, document)
-                except StorageError as fault:
+                except SlotdError as fault:
                     _log.warning("an answer could not be kept", command=call.name, error=str(fault))
         self._send(Answer(call.reply.topic, call.reply.correlation, {**document, "repeated": True}))
 

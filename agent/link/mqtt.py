@@ -374,8 +374,8 @@ class Link:
 
     async def _tell(self, kind: str, document: Mapping[str, Any]) -> None:
         try:
-            await self._outbox.append(kind, dict(document))
-        except StorageError as error:
+            await self._outbox.append(kind, document)
+        except SlotdError as error:
             _log.error("an event is lost", kind=kind, error=str(error))
 
     def _message_refused(self, topic: str, error: SlotdError) -> None:

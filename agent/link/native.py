@@ -19,6 +19,8 @@ from agent.health.document import timestamp
 MAX_PAYLOAD = 64 << 10
 """Bytes; what is larger is refused unread, since parsing it would hold up the loop."""
 MAX_DEPTH = 32
+MAX_ELEMENTS = 4096
+"""Commas and brackets; no command has a hundred, and 64 KiB of nothing else hold up the loop for 10 ms."""
 MAX_AHEAD = 24 * 3600.0
 """Seconds that an expiry may lie ahead; also how long a repeated id gets its first answer."""
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}(/[A-Za-z0-9_.-]{1,64}){0,3}")
@@ -64,9 +66,11 @@ def decode(payload: bytes, what: str) -> dict[str, Any]:
 
     if len(payload) > MAX_PAYLOAD:
         raise fault(f"has {len(payload)} bytes; at most {MAX_PAYLOAD} are read", "TOO_LARGE")
+    if sum(payload.count(sign) for sign in (b",", b"[", b"{")) > MAX_ELEMENTS:
+        raise fault(f"has more than {MAX_ELEMENTS} elements", "TOO_LARGE")
     try:
         document = json.loads(payload.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_no_twice)
-        json.dumps(document, ensure_ascii=False).encode("utf-8")
+        json.dumps(document, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except UnicodeDecodeError as error:
         raise fault(f"is not UTF-8 at byte {error.start}") from None
     except UnicodeEncodeError:

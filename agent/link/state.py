@@ -266,14 +266,12 @@ def find(memory: Memory, status: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def _actor(deployment: Mapping[str, Any]) -> str:
-    actor = deployment.get("actor") or ""
-    if isinstance(actor, Mapping):
-        return " ".join(str(actor[key]) for key in ("kind", "name") if actor.get(key))
-    return str(actor)
+    return str(deployment.get("actor") or "")
 
 
 def _kind(deployment: Mapping[str, Any]) -> str:
-    return _actor(deployment).partition(" ")[0]
+    """`desired` of "desired: revision 7"."""
+    return _actor(deployment).partition(":")[0]
 
 
 def in_sync(memory: Memory, status: Mapping[str, Any]) -> bool:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import structlog
 
 from agent.config import Config
-from agent.errors import Cancelled, Interrupted, NotFound, Refused, SlotdError
+from agent.errors import Cancelled, CommandRefused, Interrupted, NotFound, Refused, SlotdError
 from agent.journal.boot import BootRecord, ModelRef, write_boot
 from agent.journal.database import Journal
 from agent.model.spec import Model
@@ -123,6 +123,9 @@ class Deployments:
 
     async def cancel(self, task: str | None, actor: str, *, why: SlotdError | None = None) -> Deployment:
         """Before drain at once, later as a roll-back at the next phase boundary. Raises NotFound, CommandRefused."""
+        over = self._all.get(task or "")
+        if over is not None and over.outcome is not None:
+            raise CommandRefused(f"{task} is over: it was {over.outcome.value}", code="TOO_LATE")
         decision = self.arbiter.cancel(task, why or Cancelled(f"cancelled by {actor}"))
         deployment = self._all[decision.turn.id]
         match decision:

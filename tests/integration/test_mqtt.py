@@ -7,6 +7,7 @@ import json
 import os
 import random
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from support.linked import Outside, linked, make_config, outside, soon, until
 from support.mosquitto import Mosquitto
 
 from agent import __version__
+from agent.link import intake
 
 
 @pytest.fixture
@@ -41,6 +43,26 @@ async def test_online_then_offline(broker: Mosquitto, tmp_path: Path, protocol: 
             assert parts.link.describe()["broker"] == f"127.0.0.1:{broker.port}"
         stopped = json.loads(await other.retained("status"))
         assert (stopped["state"], stopped["reason"]) == ("offline", "stop")
+
+
+async def test_a_killed_host_is_lost(broker: Mosquitto, tmp_path: Path, protocol: str) -> None:
+    async with outside(broker.port, protocol) as other:
+        script = Path(__file__).parents[1] / "support" / "run_link.py"
+        child = await asyncio.create_subprocess_exec(
+            sys.executable, str(script), str(tmp_path), str(broker.port), protocol, stdout=asyncio.subprocess.PIPE
+        )
+        try:
+            assert child.stdout is not None
+            while b"online" not in (line := await child.stdout.readline()) or b"broker" in line:
+                assert line, "the child ended early"
+        finally:
+            child.kill()
+            await child.wait()
+        lost = await other.next("status", lambda d: d["state"] == "offline")
+        assert lost == {"v": 1, "state": "offline", "boot_id": "boot", "version": __version__, "reason": "lost"}
+        assert json.loads(await other.retained("status")) == lost
+        async with linked(make_config(tmp_path, broker.port, protocol)):
+            assert json.loads(await other.retained("status"))["state"] == "online"
 
 
 async def test_reported_follows_the_host(broker: Mosquitto, tmp_path: Path, protocol: str) -> None:
@@ -272,6 +294,25 @@ async def test_commands_sent_while_away_are_run_once(broker: Mosquitto, tmp_path
             assert other.on("res/deploy")[-1].document["error"]["code"] == "EXPIRED"
 
 
+async def test_what_there_is_no_room_for_comes_again(
+    broker: Mosquitto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, protocol: str
+) -> None:
+    monkeypatch.setattr(intake, "ROOM", 3)
+    async with outside(broker.port, protocol) as other, linked(make_config(tmp_path, broker.port, protocol)) as parts:
+        for number in range(intake.PLACES):
+            await other.publish("cmd/slow", {"id": f"s{number}", "expires": soon()})
+        await until(lambda: len(parts.ran) == intake.PLACES)  # all places are taken
+        for number in range(10):
+            await other.publish("cmd/deploy", {"expires": soon(), "arguments": {"image": f"i{number}"}})
+        for _ in range(10):
+            await other.publish("cmd/ping", b"", qos=0)  # no promise was made for these
+        await asyncio.sleep(0.2)
+        assert not other.on("res/deploy")
+        parts.gate.set()
+        await until(lambda: len({m.document["result"]["task"] for m in other.on("res/deploy")}) == 10)
+        assert sorted(parts.ran) == sorted(["slow"] * intake.PLACES + [f"i{number}" for number in range(10)])
+
+
 # --- events ----------------------------------------------------------------------------------------------------------
 
 
@@ -397,7 +438,7 @@ async def test_a_command_overrides_the_wish(broker: Mosquitto, tmp_path: Path, p
         await other.call("deploy", {"id": "mine", "expires": soon(), "arguments": {"image": "r/b:1"}})
         reported = await other.next("reported", lambda d: d["desired"].get("override"))
         assert reported["desired"]["in_sync"] is False
-        assert reported["desired"]["override"]["by"] == "mqtt mine"
+        assert reported["desired"]["override"]["by"] == "mqtt: mine"
         await other.publish("desired", {"image": "r/c:1", "revision": 2}, retain=True)
         reported = await other.next("reported", lambda d: d["desired"]["revision"] == 2 and d["desired"]["in_sync"])
         assert reported["desired"]["override"] is None
@@ -412,6 +453,7 @@ HOSTILE = {
     "oversized": b'{"image": "' + b"x" * (65 << 10) + b'"}',
     "much oversized": b"[" * (300 << 10),
     "deep": b'{"image":' + b"[" * 30000 + b"]" * 30000 + b"}",
+    "deeper than Python": b'{"image":' + b"[" * 2000 + b"]" * 2000 + b"}",
     "rather deep": b'{"image":' + b"[" * 100 + b"]" * 100 + b"}",
     "no object": b"[1, 2]",
     "a number": b"1" * 5000,

@@ -4,30 +4,30 @@ from __future__ import annotations
 
 import pytest
 
-from agent.health.issues import Issue, Issues
+from agent.health.issues import Issues
 
 
 @pytest.fixture
-def told() -> list[tuple[str, Issue]]:
+def told() -> list[tuple[str, dict]]:
     return []
 
 
 @pytest.fixture
-def issues(told: list[tuple[str, Issue]]) -> Issues:
+def issues(told: list[tuple[str, dict]]) -> Issues:
     return Issues(lambda change, issue: told.append((change, issue)))
 
 
-def test_raised_and_cleared_once(issues: Issues, told: list[tuple[str, Issue]]) -> None:
+def test_raised_and_cleared_once(issues: Issues, told: list[tuple[str, dict]]) -> None:
     for number in range(3):
         issues.raise_("disk-full", "error", f"try {number}", "make room")
-    assert [(change, issue.id) for change, issue in told] == [("raised", "disk-full")]
+    assert [(change, issue["id"]) for change, issue in told] == [("issue_raised", "disk-full")]
     (standing,) = issues.list()
     assert standing["message"] == "try 2"
     assert standing["hint"] == "make room"
     assert standing["since"].endswith("Z")
     issues.clear("disk-full")
     issues.clear("disk-full")
-    assert [change for change, _ in told] == ["raised", "cleared"]
+    assert [change for change, _ in told] == ["issue_raised", "issue_cleared"]
     assert issues.list() == []
 
 
@@ -38,10 +38,10 @@ def test_since_stays_while_it_lasts(issues: Issues) -> None:
     assert issues.list()[0]["since"] == since
 
 
-def test_a_change_of_severity_is_told(issues: Issues, told: list[tuple[str, Issue]]) -> None:
+def test_a_change_of_severity_is_told(issues: Issues, told: list[tuple[str, dict]]) -> None:
     issues.raise_("certificate-expires:server", "warning", "in 7 days")
     issues.raise_("certificate-expires:server", "error", "in 1 day")
-    assert [issue.severity for _, issue in told] == ["warning", "error"]
+    assert [issue["severity"] for _, issue in told] == ["warning", "error"]
     assert "certificate-expires:server" in issues
 
 

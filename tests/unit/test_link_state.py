@@ -37,7 +37,7 @@ def deployment(id: str, outcome: str | None, *, kind: str = "desired", reference
         "id": id,
         "reference": reference,
         "digest": A,
-        "actor": {"kind": kind, "name": "n"},
+        "actor": f"{kind}: n",
         "outcome": outcome,
         "error": None,
         "started": "2026-01-01T00:00:00Z",
@@ -212,6 +212,16 @@ def test_an_interrupted_wish_is_tried_again_for_a_new_revision() -> None:
     assert accept(memory, wish(revision=2)).state == "waiting"
 
 
+def test_what_a_restart_put_in_its_place_is_followed() -> None:
+    memory = started(accept(Memory(), wish()), "t1")
+    resumed = deployment("t2", None) | {"actor": "resume of t1"}
+    cut = deployment("t1", "failed", error={"code": "INTERRUPTED", "message": "cut off"})
+    memory = observe(memory, {"deployment": resumed, "last": cut})
+    assert (memory.state, memory.task) == ("applying", "t2")
+    status = {"last": resumed | {"outcome": "committed"}, "committed": {"digest": A}}
+    assert observe(memory, status).state == "applied"
+
+
 def test_a_resumed_deployment_is_recognised_without_its_id() -> None:
     memory = started(accept(Memory(), wish(), last="t0"), None)
     assert find(memory, {"deployment": deployment("t9", None)}) is not None
@@ -229,7 +239,7 @@ def test_a_local_deployment_overrides_until_the_hash_changes() -> None:
     memory = observe(memory, status)
     shown = desired_section(memory, status)
     assert shown["in_sync"] is False
-    assert (shown["override"]["by"], shown["override"]["since"]) == ("local n", local["started"])
+    assert (shown["override"]["by"], shown["override"]["since"]) == ("local: n", local["started"])
     assert observe(memory, status) == memory
     assert accept(memory, wish(revision=6)).override is not None
     assert accept(memory, wish("r/c:1", revision=7)).override is None
