@@ -65,6 +65,9 @@ class Table:
     def __iter__(self) -> Iterator[Command]:
         return iter(self._commands.values())
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._commands
+
     def get(self, name: str) -> Command:
         """Raises NotFound, naming commands with a similar name."""
         command = self._commands.get(name)
