@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import aiomqtt
-from agent.commands.table import Actor, Command, Table
-from agent.journal.outbox import Outbox
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from pydantic import BaseModel, ConfigDict
 
+from agent.commands.table import Actor, Command, Table
 from agent.config import Config
 from agent.errors import InvalidInput, NotFound
 from agent.health.document import timestamp
 from agent.health.issues import Issues
 from agent.journal.database import Journal
+from agent.journal.outbox import Outbox
 from agent.link.mqtt import Link
 
 ROOT = "slotd/box1/"
@@ -274,8 +274,17 @@ class Outside:
                     continue  # some tests send such things
                 if isinstance(document, dict) and match(document):
                     return document
-            assert time.monotonic() < end, f"nothing fitting on {name}: {[m.payload for m in self.on(name)[-3:]]}"
+            assert time.monotonic() < end, f"nothing fitting on {name}: {[m.payload[:200] for m in self.on(name)[-3:]]}"
             await asyncio.sleep(0.01)
+
+    def newest(self, name: str) -> Any:
+        """The newest document on the topic that is one."""
+        for message in reversed(self.on(name)):
+            try:
+                return message.document
+            except (ValueError, RecursionError):
+                continue
+        return {}
 
     async def call(self, command: str, body: Any = None, **more: Any) -> Any:
         """Sends a command and waits for the next answer on its default topic."""
