@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import structlog
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -14,6 +14,7 @@ from agent.errors import InvalidInput, NotFound, SlotdError
 
 log = structlog.get_logger(__name__)
 
+M = TypeVar("M", bound=BaseModel)
 Result = dict[str, Any]
 
 
@@ -86,12 +87,7 @@ class Table:
         A fault of our own becomes a SlotdError without its details; the log has them.
         """
         command = self.get(name)
-        if not isinstance(arguments, Mapping):
-            raise InvalidInput("must be a mapping of names to values", field="arguments")
-        try:
-            checked = command.arguments.model_validate(dict(arguments))
-        except ValidationError as error:
-            raise _invalid(command, error) from None
+        checked = check(name, command.arguments, arguments)
         try:
             return await command.run(checked, actor)
         except SlotdError:
@@ -103,13 +99,19 @@ class Table:
             ) from fault
 
 
-def _invalid(command: Command, error: ValidationError) -> InvalidInput:
-    faults = error.errors(include_url=False, include_input=False)
+def check(name: str, model: type[M], arguments: Mapping[str, Any]) -> M:
+    """The arguments of the command `name` as its model has them. Raises InvalidInput naming the one at fault."""
+    if not isinstance(arguments, Mapping):
+        raise InvalidInput("must be a mapping of names to values", field="arguments")
+    try:
+        return model.model_validate(dict(arguments))
+    except ValidationError as error:
+        faults = error.errors(include_url=False, include_input=False)
     first = faults[0]
     field = ".".join(str(part) for part in first["loc"])[:128]
     message = first["msg"].removeprefix("Value error, ")
-    known = list(command.arguments.model_fields)
-    hint = f"{command.name} takes {', '.join(known)}" if known else f"{command.name} takes no arguments"
+    known = list(model.model_fields)
+    hint = f"{name} takes {', '.join(known)}" if known else f"{name} takes no arguments"
     if first["type"] == "extra_forbidden":
         message = "is no argument of this command"
         near = difflib.get_close_matches(field, known, n=1)
@@ -118,7 +120,7 @@ def _invalid(command: Command, error: ValidationError) -> InvalidInput:
         message = "is missing"
     if len(faults) > 1:
         message += f" (and {len(faults) - 1} more)"
-    return InvalidInput(message, field=field or "arguments", hint=hint)
+    raise InvalidInput(message, field=field or "arguments", hint=hint)
 
 
 def _shown(name: str) -> str:
