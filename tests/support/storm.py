@@ -55,8 +55,7 @@ class Storm:
         self.chance = random.Random(seed)
         self.report = Report()
         self.pool = np.random.default_rng(seed).integers(0, 255, _POOL, np.uint8)
-        self.files = open_files()
-        self.memory = DecodedMemory(MEMORY)
+        self.memory: DecodedMemory
         self.honest: list[Worker | None] = [None] * workers
         self.decoder: Worker | None = None
         self.graves: list[Worker] = []
@@ -65,19 +64,17 @@ class Storm:
 
     async def run(self) -> Report:
         """The whole storm, and then the accounts."""
-        started = time.monotonic()
+        files, started = open_files(), time.monotonic()
+        self.memory = DecodedMemory(MEMORY)
         await self._replace()
-        others = [
-            asyncio.create_task(self._chaos()),
-            asyncio.create_task(self._liars()),
-            asyncio.create_task(self._clock()),
-        ]
+        clock = asyncio.create_task(self._clock())
+        others = [asyncio.create_task(self._chaos()), asyncio.create_task(self._liars())]
         clients = [asyncio.create_task(self._client()) for _ in range(self.clients)]
         try:
             await asyncio.gather(*clients)
         finally:
-            for task in (*others, *clients):
-                task.cancel()
+            self.left = 0
+            clock.cancel()
             ends = await asyncio.gather(*others, *clients, return_exceptions=True)
         for end in ends:
             if isinstance(end, Exception):
@@ -86,7 +83,7 @@ class Storm:
         self.report.seconds = time.monotonic() - started
         self.memory.close()
         await asyncio.sleep(0.05)
-        if (more := open_files() - self.files) > 0:
+        if (more := open_files() - files) > 0:
             self._fault(f"{more} descriptors too many")
         return self.report
 
@@ -149,11 +146,8 @@ class Storm:
                     )
                     if decoded is not None:
                         tensors.append(decoded.regions[1])
-                worker = self.chance.choice(self.honest)
-                if worker is None:
-                    self.report.outcomes["no child"] += 1
-                    await asyncio.sleep(0.01)
-                    continue
+                while (worker := self.chance.choice(self.honest)) is None:
+                    await asyncio.sleep(0.005)
                 sizes = self._sizes()
                 cancel = self.chance.random() < 0.3
                 reply = await self._one(worker, self.serial, tensors, sizes, self._reserve(sizes), cancel=cancel)
@@ -259,7 +253,7 @@ class Storm:
 
     async def _chaos(self) -> None:
         """Stops, continues and kills; what has died is replaced when its exit was reaped."""
-        while True:
+        while self.left > 0:
             await asyncio.sleep(self.chance.uniform(0.02, 0.3))
             place = self.chance.randrange(len(self.honest) + 1)
             worker = self.decoder if place == len(self.honest) else self.honest[place]
@@ -284,7 +278,7 @@ class Storm:
 
     async def _liars(self) -> None:
         names = sorted(LIES)
-        while True:
+        while self.left > 0:
             await asyncio.sleep(self.chance.uniform(0.1, 0.6))
             name = self.chance.choice(names)
             liar = await start("lying_child", {"lie": name}, maps=(self.memory.fd,))
