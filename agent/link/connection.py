@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,9 +22,9 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
+from agent.link.native import MAX_PAYLOAD
+
 TAKEN_OVER = 0x8E
-_REFUSED = 0x80
-"""Reason codes from here on are refusals."""
 _RECEIVE_MAXIMUM = 20
 _MAX_PACKET = 1 << 20
 """Bytes that an MQTT 5 broker may send us at once; far above what is read, so that more gets an answer, too."""
@@ -58,7 +59,7 @@ class Delivery:
     def __init__(self, connection: Connection, message: paho.MQTTMessage, topic: str) -> None:
         properties = message.properties
         self.topic = topic
-        self.payload = bytes(message.payload)
+        self.payload = bytes(message.payload[: MAX_PAYLOAD + 1])  # enough to see that it is too much
         self.qos: int = message.qos
         self.retain: bool = bool(message.retain)
         self.response_topic: str | None = getattr(properties, "ResponseTopic", None)
@@ -103,6 +104,7 @@ class Connection(aiomqtt.Client):
             timeout=settings.timeout,
             will=aiomqtt.Will(settings.will_topic, settings.will, 1, True, will_properties),
             logger=logging.getLogger("mqtt"),
+            socket_options=[(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)],
         )
         self.v5 = v5
         self.taken_over = False
@@ -167,11 +169,11 @@ class Connection(aiomqtt.Client):
 
     # --- messages -----------------------------------------------------------------------------------------------------
 
-    async def send(
+    def post(
         self, topic: str, payload: bytes, *, retain: bool = False, correlation: bytes | None = None
-    ) -> ReasonCode | None:
-        """Publishes with QoS 1 and waits until the broker has it. Returns its reason code if it refused (MQTT 5 only;
-        a 3.1.1 broker takes and forgets, or hangs up). Raises MqttError if the connection is not what it was."""
+    ) -> asyncio.Future[ReasonCode]:
+        """Publishes with QoS 1; what is posted later arrives later. The future is the broker's word that it has it, to
+        be waited for with `taken`. Raises MqttError if the connection is gone."""
         properties = None
         if self.v5 and correlation is not None:
             properties = _properties(PacketTypes.PUBLISH)
@@ -183,15 +185,23 @@ class Connection(aiomqtt.Client):
             raise MqttError(paho.error_string(info.rc))
         receipt: asyncio.Future[ReasonCode] = self._loop.create_future()
         self._receipts[info.mid] = receipt
-        try:
-            waits: list[asyncio.Future[Any]] = [receipt, self._disconnected]
-            await asyncio.wait(waits, timeout=self.timeout, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            self._receipts.pop(info.mid, None)
+        return receipt
+
+    async def taken(self, receipt: asyncio.Future[ReasonCode]) -> ReasonCode | None:
+        """Waits until the broker has what was posted. Returns its reason code if it refused (MQTT 5 only; a 3.1.1
+        broker takes and forgets, or hangs up). Raises MqttError if it does not answer in time."""
+        waits: list[asyncio.Future[Any]] = [receipt, self._disconnected]
+        await asyncio.wait(waits, timeout=self.timeout, return_when=asyncio.FIRST_COMPLETED)
         if not receipt.done():
             raise MqttError("the broker did not take a message in time")
         code = receipt.result()
-        return code if code.value >= _REFUSED else None
+        return code if refuses(code) else None
+
+    async def send(
+        self, topic: str, payload: bytes, *, retain: bool = False, correlation: bytes | None = None
+    ) -> ReasonCode | None:
+        """`post` and `taken`."""
+        return await self.taken(self.post(topic, payload, retain=retain, correlation=correlation))
 
     async def follow(self, topic: str, *, as_published: bool = False, only_new: bool = False) -> str | None:
         """Subscribes with QoS 1. Returns what the broker said if it refused. MQTT 5: `as_published` keeps the retain
@@ -209,7 +219,7 @@ class Connection(aiomqtt.Client):
             answers = await self.subscribe(topic, 1)
         for answer in answers:
             value = answer.value if isinstance(answer, ReasonCode) else int(answer)
-            if value >= _REFUSED:
+            if value >= 0x80:
                 return str(answer) if isinstance(answer, ReasonCode) else "not authorized"
         return None
 
@@ -244,9 +254,14 @@ class Connection(aiomqtt.Client):
         self._deliver(Delivery(self, message, topic))
 
     def _on_publish(self, client: Any, userdata: Any, mid: int, reason_code: ReasonCode, properties: Any) -> None:
-        receipt = self._receipts.get(mid)
+        receipt = self._receipts.pop(mid, None)
         if receipt is not None and not receipt.done():
             receipt.set_result(reason_code)
+
+
+def refuses(code: ReasonCode) -> bool:
+    """Whether a reason code is a refusal."""
+    return bool(code.value >= 0x80)
 
 
 def _properties(packet: int) -> Any:

@@ -33,8 +33,8 @@ from agent.link.native import (
 
 PLACES = 8
 """Commands that run at the same time."""
-ROOM = 64
-"""Commands that wait for a place, unacknowledged."""
+ROOM = 256
+"""Commands that wait for a place, unacknowledged. Mosquitto 2.0 keeps to no window when it sends what was queued."""
 LIMIT = 60.0
 """Seconds that one command may run; what takes longer answers with a task."""
 _log = structlog.get_logger("link")
@@ -74,19 +74,17 @@ class Intake:
         self._tasks: set[asyncio.Task[None]] = set()
         self._running: dict[str, asyncio.Future[Mapping[str, Any]]] = {}
         self._closed = False
+        self.idle = True
+        """Whether nothing waits or is being taken."""
 
     def offer(self, delivery: Delivery) -> bool:
         """Takes a command that has just come in; False if there is no room. Nothing is acknowledged yet."""
         if self._closed or len(self._waiting) >= ROOM:
             return False
         self._waiting.append(delivery)
+        self.idle = False
         self._arrived.set()
         return True
-
-    @property
-    def idle(self) -> bool:
-        """Whether nothing waits."""
-        return not self._waiting
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -106,9 +104,10 @@ class Intake:
                     work = None
                 if work is None:
                     self._places.release()
-                    continue
-                self._tasks.add(work)
-                work.add_done_callback(self._done)
+                else:
+                    self._tasks.add(work)
+                    work.add_done_callback(self._done)
+            self.idle = True
 
     async def close(self, timeout: float) -> None:
         """Takes no more, lets those that run end, and cuts off what has not ended after `timeout` seconds: they are

@@ -20,7 +20,7 @@ from agent import __version__
 from agent.commands.host import Host
 from agent.commands.table import Table
 from agent.config import Config
-from agent.errors import InvalidConfig, SlotdError, StorageError
+from agent.errors import InvalidConfig, Overloaded, SlotdError, StorageError
 from agent.health.issues import Issues
 from agent.health.samplers import Samplers
 from agent.journal.database import Journal
@@ -145,7 +145,9 @@ class Link:
                 asyncio.create_task(self._intake.run(), name="link-commands"),
                 asyncio.create_task(self._wishes.run(), name="link-desired"),
             ]
-            await asyncio.wait(work, return_when=asyncio.FIRST_COMPLETED)  # none but the first ends by itself
+            done, _ = await asyncio.wait(work, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:  # none but the first should end by itself
+                task.result()
         except asyncio.CancelledError:
             await self._farewell(2.0)
             raise
@@ -328,16 +330,17 @@ class Link:
         """The end of the connection, for whatever reason. Raises MqttError unless it was ours. One that outlasts two
         of the longest back-offs shows that the name is ours alone."""
         ended = asyncio.create_task(connection.ended(), name="link-ended")
-        began = time.monotonic()
+        alone = asyncio.get_running_loop().call_later(
+            2 * self._config.link.backoff_max, self._issues.clear, "duplicate-identity"
+        )
         try:
             while not ended.done():
-                await asyncio.wait({ended}, timeout=1.0)
-                if time.monotonic() - began >= 2 * self._config.link.backoff_max:
-                    self._issues.clear("duplicate-identity")
                 if self._left_behind and self._intake.idle:
                     return
+                await asyncio.wait({ended}, timeout=0.1 if self._left_behind else 1.0)
             why = ended.result()
         finally:
+            alone.cancel()
             ended.cancel()
         if not self._stopping.is_set():
             raise MqttError(f"the connection is lost: {why}")
@@ -351,9 +354,19 @@ class Link:
             self._wishes.arrived(delivery)
         elif self._topics.command(delivery.topic) is None:
             delivery.acknowledge()  # a subscription of an earlier version, kept by the broker
-        elif not self._intake.offer(delivery):
-            _log.warning("too many commands at once", topic=delivery.topic, kept=delivery.qos > 0)
-            self._left_behind = self._left_behind or delivery.qos > 0
+        elif (self._left_behind and delivery.qos) or not self._intake.offer(delivery):
+            self._leave(delivery)
+
+    def _leave(self, delivery: Delivery) -> None:
+        """No room, or no time. What was promised (QoS 1) stays unacknowledged, and all after it, so that the order is
+        kept: the broker sends it again on the next connection. What was not is dropped."""
+        if self._stopping.is_set():
+            return
+        if delivery.qos == 0:
+            self._message_refused(delivery.topic, Overloaded("too many commands at once; this one is dropped"))
+        elif not self._left_behind:
+            self._left_behind = True
+            _log.warning("too many commands at once; the rest stays with the broker for a while")
 
     async def _clear_old_name(self, connection: Connection) -> None:
         """A host that was given another name takes away what it said under the old one."""

@@ -65,7 +65,7 @@ def decode(payload: bytes, what: str) -> dict[str, Any]:
         return InvalidInput(message, field=what, code=code, hint="one JSON object, UTF-8, at most 64 KiB")
 
     if len(payload) > MAX_PAYLOAD:
-        raise fault(f"has {len(payload)} bytes; at most {MAX_PAYLOAD} are read", "TOO_LARGE")
+        raise fault(f"is larger than {MAX_PAYLOAD} bytes", "TOO_LARGE")
     if sum(payload.count(sign) for sign in (b",", b"[", b"{")) > MAX_ELEMENTS:
         raise fault(f"has more than {MAX_ELEMENTS} elements", "TOO_LARGE")
     try:

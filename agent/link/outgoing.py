@@ -7,19 +7,21 @@ import hashlib
 import time
 from collections import deque
 from collections.abc import Coroutine, Mapping
+from itertools import takewhile
 from typing import Any
 
 import structlog
+from paho.mqtt.reasoncodes import ReasonCode
 
 from agent import __version__
 from agent.commands.host import Host
 from agent.config import Config
-from agent.errors import SlotdError
+from agent.errors import SlotdError, StorageError
 from agent.health.document import health_document, timestamp
 from agent.health.issues import Issues
 from agent.health.samplers import Samplers
 from agent.journal.outbox import Outbox
-from agent.link.connection import Connection, Delivery
+from agent.link.connection import Connection, Delivery, refuses
 from agent.link.intake import Answer
 from agent.link.native import Topics, decode, encode, reported_document, settled, status_document
 from agent.link.wishes import Wishes
@@ -28,7 +30,8 @@ PROGRESS = 5.0
 """Seconds between two `reported` that differ only in progress."""
 REFUSED_AGAIN = 60.0
 """Seconds until what the broker refused to take is tried again."""
-_BATCH = 32
+DISK_AGAIN = 5.0
+_BATCH = 16
 _ANSWERS = 256
 _log = structlog.get_logger("link")
 
@@ -195,24 +198,35 @@ class Outgoing:
             await self._answered.wait()
 
     async def _send_events(self, connection: Connection) -> None:
-        """The outbox, in order, each acknowledged by the broker before the next; never faster than the backlog's rate,
-        so that what piled up doesn't press out what is new."""
+        """The outbox, in order; never faster than the backlog's rate, so that what piled up doesn't press out what is
+        new. What the broker has is taken out of it, also when the connection breaks in between."""
         gap = 1.0 / self._config.link.backlog_rate
         after, free_at = 0, time.monotonic()
         while True:
-            batch = await self._outbox.pending(after, _BATCH)
-            before = after
+            posted: list[tuple[int, asyncio.Future[ReasonCode]]] = []
+            refused: ReasonCode | None = None
             try:
-                for sequence, epoch, document in batch:
-                    await asyncio.sleep(max(0.0, free_at - time.monotonic()))
-                    free_at = max(free_at, time.monotonic() - gap) + gap
-                    event = {"v": 1, "ts": timestamp(), **document, "epoch": epoch, "seq": sequence}
-                    if not await self._publish(connection, self._topics.event, event, retain=False):
-                        free_at = time.monotonic() + REFUSED_AGAIN
-                        break
-                    after = sequence
-            finally:
-                if after != before:  # also when the connection broke: what is known to have come is not sent again
-                    await self._outbox.acknowledge(after)
-            if not batch:
+                batch = await self._outbox.pending(after, _BATCH)
+                try:
+                    for sequence, epoch, document in batch:
+                        await asyncio.sleep(max(0.0, free_at - time.monotonic()))
+                        free_at = max(free_at, time.monotonic() - gap) + gap
+                        event = encode({"v": 1, "ts": timestamp(), **document, "epoch": epoch, "seq": sequence})
+                        posted.append((sequence, connection.post(self._topics.event, event)))
+                    for _, receipt in posted:
+                        refused = refused or await connection.taken(receipt)
+                finally:
+                    known = takewhile(lambda one: one[1].done() and not refuses(one[1].result()), posted)
+                    if (last := max((sequence for sequence, _ in known), default=None)) is not None:
+                        await self._outbox.acknowledge(last)
+                        after = last
+            except StorageError as error:
+                _log.warning("events cannot be read", error=str(error))
+                await asyncio.sleep(DISK_AGAIN)
+                continue
+            if batch:
+                self.check(self._topics.event, str(refused) if refused else None)
+            else:
                 await self._outbox.wait(after)
+            if refused:
+                free_at = time.monotonic() + REFUSED_AGAIN

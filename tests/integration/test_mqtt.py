@@ -17,7 +17,7 @@ from support.linked import Outside, linked, make_config, outside, soon, until
 from support.mosquitto import Mosquitto
 
 from agent import __version__
-from agent.link import intake
+from agent.link import intake, mqtt
 
 
 @pytest.fixture
@@ -312,7 +312,7 @@ async def test_what_there_is_no_room_for_comes_again(
         assert not other.on("res/deploy")
         parts.gate.set()
         await until(lambda: len({m.document["result"]["task"] for m in other.on("res/deploy")}) == 10)
-        assert sorted(parts.ran) == sorted(["slow"] * intake.PLACES + [f"i{number}" for number in range(10)])
+        assert parts.ran == ["slow"] * intake.PLACES + [f"i{number}" for number in range(10)]
 
 
 # --- events ----------------------------------------------------------------------------------------------------------
@@ -433,6 +433,47 @@ async def test_a_failing_deployment_is_told_in_reported(broker: Mosquitto, tmp_p
         assert reported["desired"]["error"]["code"] == "PROOF_FAILED"
 
 
+async def test_a_wish_that_was_cut_off_is_tried_for_a_new_revision(broker: Mosquitto, tmp_path: Path) -> None:
+    config = make_config(tmp_path, broker.port)
+    async with outside(broker.port) as other:
+        async with linked(config) as parts:
+            host = parts.host
+            host.at_once = False
+            await other.publish("desired", {"image": "r/a:1", "revision": 1}, retain=True)
+            await other.next("reported", lambda d: d["desired"].get("state") == "applying")
+        host.finish("failed", {"code": "INTERRUPTED", "message": "cut off at program"})
+        host.at_once = True
+        async with linked(config, host=host):
+            await other.next("reported", lambda d: d["desired"].get("state") == "interrupted")
+            assert len(host.asked) == 1
+            await other.publish("desired", {"image": "r/a:1", "revision": 2}, retain=True)
+            await other.next("reported", lambda d: d["desired"].get("in_sync"))
+            assert len(host.asked) == 2
+
+
+async def test_a_wish_whose_deployment_is_unknown_is_carried_out_again(broker: Mosquitto, tmp_path: Path) -> None:
+    config = make_config(tmp_path, broker.port)
+    async with outside(broker.port) as other:
+        async with linked(config) as parts:
+            parts.host.at_once = False
+            await other.publish("desired", {"image": "r/a:1", "revision": 1}, retain=True)
+            await other.next("reported", lambda d: d["desired"].get("state") == "applying")
+        async with linked(config) as parts:  # a host that knows of nothing
+            await other.next("reported", lambda d: d["desired"].get("in_sync"))
+            assert len(parts.host.asked) == 1
+
+
+async def test_flapping_wishes_are_damped(broker: Mosquitto, tmp_path: Path) -> None:
+    config = make_config(tmp_path, broker.port)
+    config = config.model_copy(update={"swap": config.swap.model_copy(update={"min_interval": 1.0})})
+    async with outside(broker.port) as other, linked(config) as parts:
+        for revision in range(5):
+            await other.publish("desired", {"image": f"r/a:{revision}", "revision": revision}, retain=True)
+            await other.next("reported", lambda d: d["desired"]["revision"] == revision)
+        await other.next("reported", lambda d: d["desired"]["revision"] == 4 and d["desired"].get("in_sync"))
+        assert [image for _, image, _ in parts.host.asked] == ["r/a:0", "r/a:4"]
+
+
 async def test_a_command_overrides_the_wish(broker: Mosquitto, tmp_path: Path, protocol: str) -> None:
     async with outside(broker.port, protocol) as other, linked(make_config(tmp_path, broker.port, protocol)):
         await other.publish("desired", {"image": "r/a:1", "revision": 1}, retain=True)
@@ -533,15 +574,17 @@ async def test_a_restarted_broker_is_found_again(
         assert parts.issues.list() == []
 
 
-async def test_refused_credentials_are_tried_for_ever(tmp_path: Path, protocol: str) -> None:
+async def test_refused_credentials_are_tried_for_ever(
+    tmp_path: Path, protocol: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     password = tmp_path / "password"
-    password.write_text("wrong\n")
+    password.write_text("wrong-secret\n")
     with Mosquitto(tmp_path / "broker", users={"box1": "right", "other": "o"}) as broker:
         config = make_config(tmp_path, broker.port, protocol, username="box1", password_file=password)
         async with linked(config, online=False) as parts:
             await until(lambda: "link-refused" in parts.issues)
             issue = parts.issues.list()[0]
-            assert "wrong" not in json.dumps(issue)
+            assert "wrong-secret" not in json.dumps(issue)
             password.unlink()
             await until(lambda: "cannot be read" in parts.issues.list()[0]["message"])
             password.write_text("right\nsecond line\n")  # read at every attempt
@@ -549,6 +592,46 @@ async def test_refused_credentials_are_tried_for_ever(tmp_path: Path, protocol: 
             assert parts.issues.list() == []
             async with outside(broker.port, protocol, username="other", password="o") as other:
                 assert (await other.call("ping"))["ok"] is True
+    told = "".join(capsys.readouterr())
+    assert "cannot be used" in told
+    assert "wrong-secret" not in told
+
+
+async def test_a_frozen_broker_is_left_and_found_again(broker: Mosquitto, tmp_path: Path, protocol: str) -> None:
+    assert broker._process is not None
+    async with linked(make_config(tmp_path, broker.port, protocol, keep_alive=1)) as parts:
+        os.kill(broker._process.pid, signal.SIGSTOP)
+        await until(lambda: not parts.link.connected)
+        os.kill(broker._process.pid, signal.SIGCONT)
+        await until(lambda: parts.link.connected)
+        async with outside(broker.port, protocol) as other:
+            assert (await other.call("ping"))["ok"] is True
+
+
+async def test_a_broker_that_stays_away_is_an_issue(
+    broker: Mosquitto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mqtt, "AWAY", 0.2)
+    async with linked(make_config(tmp_path, broker.port)) as parts:
+        broker.stop()
+        await until(lambda: "link-down" in parts.issues)
+        broker.start()
+        await until(lambda: parts.link.connected)
+        assert "link-down" not in parts.issues
+
+
+async def test_reconnects_leave_nothing_behind(broker: Mosquitto, tmp_path: Path, protocol: str) -> None:
+    async with linked(make_config(tmp_path, broker.port, protocol)) as parts:
+        counts = []
+        for _ in range(8):
+            broker.kill()
+            await until(lambda: not parts.link.connected)
+            await asyncio.sleep(0.3)  # some refused attempts
+            broker.start()
+            await until(lambda: parts.link.connected)
+            await asyncio.sleep(0.1)
+            counts.append((len(os.listdir("/proc/self/fd")), len(asyncio.all_tasks())))
+        assert counts[-1] == counts[1]
 
 
 async def test_denied_topics_are_an_issue(tmp_path: Path) -> None:

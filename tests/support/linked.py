@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -26,6 +27,7 @@ from agent.journal.outbox import Outbox
 from agent.link.mqtt import Link
 
 ROOT = "slotd/box1/"
+NODELAY = [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)]
 
 
 class Nothing(BaseModel):
@@ -315,7 +317,7 @@ async def outside(port: int, protocol: str = "5", **more: Any) -> AsyncIterator[
     """A client that hears all of slotd/#."""
     v5 = protocol == "5"
     version = aiomqtt.ProtocolVersion.V5 if v5 else aiomqtt.ProtocolVersion.V311
-    async with aiomqtt.Client("127.0.0.1", port, protocol=version, **more) as client:
+    async with aiomqtt.Client("127.0.0.1", port, protocol=version, socket_options=NODELAY, **more) as client:
         await client.subscribe("slotd/#", 1)
         other = Outside(client, v5)
 

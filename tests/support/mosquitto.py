@@ -29,6 +29,7 @@ class Mosquitto:
             f"listener {self.port} 127.0.0.1",
             f"persistence_location {folder}/",
             "persistence true",
+            "set_tcp_nodelay true",
             "max_queued_messages 2000",
             f"log_dest file {folder}/mosquitto.log",
             "log_type all",
