@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from agent.executor.channel import ChannelError, Descriptor, check_numeric, sealed_memfd
+from agent.executor.channel import ChannelError, Descriptor, itemsize, sealed_memfd
 from agent.model.signature import DType, Strings, Tensor
 
 MAX_ELEMENTS = 1_000_000
@@ -224,13 +224,15 @@ def read(memory: memoryview | mmap.mmap, descriptor: Descriptor) -> Tensor:
 
     Numbers are a view, strings are copied. Raises ChannelError if shape, lengths and size do not agree.
     """
-    if descriptor.dtype is not DType.STRING:
-        check_numeric(descriptor)
-        try:
-            return view(memory, descriptor.dtype, descriptor.shape, descriptor.offset)
-        except (ValueError, OverflowError):  # an empty tensor with a dimension that numpy cannot count
-            raise ChannelError(f"a tensor of shape {list(descriptor.shape)}") from None
-    return _read_strings(memory, descriptor)
+    _, _, dtype, offset, nbytes, shape = descriptor
+    if dtype is DType.STRING:
+        return _read_strings(memory, descriptor)
+    if nbytes != math.prod(shape) * itemsize(dtype):
+        raise ChannelError(f"{nbytes} bytes for {dtype.value} {list(shape)}")
+    try:
+        return np.ndarray(shape, dtype.numpy, memory, offset)
+    except (ValueError, OverflowError):  # an empty tensor with a dimension that numpy cannot count
+        raise ChannelError(f"a tensor of shape {list(shape)}") from None
 
 
 def _read_strings(memory: memoryview | mmap.mmap, descriptor: Descriptor) -> Strings:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import mmap
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TypeAlias
 
@@ -25,7 +24,7 @@ class Part:
 
     __slots__ = ("arena", "dtype", "nbytes", "number", "offset", "shape", "source")
 
-    def __init__(self, number: int, tensor: Input, maps: dict[int, int]) -> None:
+    def __init__(self, number: int, tensor: Input, maps: Mapping[int, int]) -> None:
         """`maps` are the arenas (by inode) that the child sees. Raises InvalidInput for what no child can take."""
         self.number = number
         self.arena = self.offset = 0
@@ -59,16 +58,6 @@ class Part:
         self.source = flatten(self.source)
         self.nbytes = self.source.nbytes
 
-    def copy(self, memory: mmap.mmap) -> None:
-        """Put the data where the child will look for it."""
-        if self.source is not None:
-            write(memory, self.offset, self.source)
-            self.source = None
-
-    @property
-    def descriptor(self) -> Descriptor:
-        return Descriptor(self.number, self.arena, self.dtype, self.offset, self.nbytes, self.shape)
-
 
 class Call:
     """One request in a child's hands."""
@@ -76,9 +65,11 @@ class Call:
     __slots__ = (
         "_forget",
         "deadline_ns",
+        "descriptors",
         "ended",
         "held",
         "lease",
+        "measured",
         "parts",
         "pictures",
         "reserves",
@@ -91,32 +82,35 @@ class Call:
 
     def __init__(
         self,
-        result: asyncio.Future[Reply],
-        parts: list[Part],
-        held: Sequence[Lease],
-        room: list[int],
+        loop: asyncio.AbstractEventLoop,
+        inputs: Sequence[tuple[int, Input]],
+        maps: Mapping[int, int],
+        reserve: Sequence[int],
         deadline_ns: int,
         forget: Callable[[Call], None],
     ) -> None:
-        self.result = result
-        self.ended: asyncio.Future[None] = result.get_loop().create_future()
-        """Resolved when the child is done with it or will never see it: for a cancelled call that is later."""
-        self.parts = parts
-        self.room = room
-        """Bytes to reserve for each output."""
+        """`maps` are the arenas (by inode) that the child sees, `reserve` is in bytes. Raises InvalidInput."""
+        self.parts = [Part(number, tensor, maps) for number, tensor in inputs]
+        self.room = [nbytes + ALIGN - 1 & -ALIGN if nbytes > 0 else 0 for nbytes in reserve]
+        self.space = sum(self.room)
+        """Bytes that the outputs may take."""
         self.size = 0
         """Bytes that the inputs take in the arena."""
-        self.space = 0
-        """Bytes that the outputs may take."""
-        self.reserves: list[Descriptor] = []
+        self.measured = self.measure()
+        """Whether `size` is known; else `flatten` first, in a thread."""
+        self.result: asyncio.Future[Reply] = loop.create_future()
+        self.ended: asyncio.Future[None] = loop.create_future()
+        """Resolved when the child is done with it or will never see it: for a cancelled call that is later."""
         self.deadline_ns = deadline_ns
         self.sent = False
+        self.descriptors: list[Descriptor] = []
+        self.reserves: list[Descriptor] = []
         self.lease: Lease | None = None
         """Of the inputs; of the outputs too, unless they go to a decoder's memory."""
         self.pictures: Lease | None = None
         """Of outputs in a decoder's memory."""
-        self.held = list(held)
-        for lease in held:
+        self.held = [tensor.lease for _, tensor in inputs if isinstance(tensor, Region)]
+        for lease in self.held:
             lease.hold()
         self._forget = forget
 
@@ -133,36 +127,37 @@ class Call:
             self.result.exception()  # a caller that has just gone is no fault to be logged
 
     def measure(self) -> bool:
-        """Add up the sizes; False if that takes a thread, which flattens long lists of strings first."""
-        self.size = 0
+        """Add up the inputs; False if there are strings to be counted first."""
+        size = 0
         for part in self.parts:
             if part.nbytes < 0:
                 return False
             if part.arena == 0:
-                self.size += (part.nbytes + ALIGN - 1) & -ALIGN
-        self.space = sum(self.room)
+                size += part.nbytes + ALIGN - 1 & -ALIGN
+        self.size = size
         return True
 
     def flatten(self) -> None:
-        """In a thread: see `measure`."""
+        """In a thread: count and join long lists of strings."""
         for part in self.parts:
             if part.nbytes < 0:
                 part.flatten()
+        self.measured = self.measure()
 
-    def settle(self, lease: Lease, arena: int, offset: int) -> list[Descriptor]:
+    def settle(self, lease: Lease, arena: int, offset: int) -> None:
         """Give each input its place in the lease, and each output its reserve from `offset` on in `arena`."""
         self.lease = lease
         at = lease.offset
-        tensors = []
         for part in self.parts:
             if part.arena == 0:
                 part.offset = at
-                at += (part.nbytes + ALIGN - 1) & -ALIGN
-            tensors.append(part.descriptor)
+                at += part.nbytes + ALIGN - 1 & -ALIGN
+            self.descriptors.append(
+                Descriptor(part.number, part.arena, part.dtype, part.offset, part.nbytes, part.shape)
+            )
         for number, nbytes in enumerate(self.room):
             self.reserves.append(Descriptor(number, arena, DType.UINT8, offset, nbytes))
             offset += nbytes
-        return tensors
 
     @property
     def heavy(self) -> bool:
@@ -172,33 +167,44 @@ class Call:
     def copy(self, memory: mmap.mmap) -> None:
         """Put all inputs into the arena."""
         for part in self.parts:
-            part.copy(memory)
+            if part.source is not None:
+                write(memory, part.offset, part.source)
 
     def release(self, *, keep: Lease | None = None) -> None:
         """Give all memory back but `keep`. Idempotent."""
-        leases = (self.lease, self.pictures, *self.held)
+        lease, pictures, held = self.lease, self.pictures, self.held
         self.lease = self.pictures = None
         self.held = []
         self.parts = []
         if not self.ended.done():
             self.ended.set_result(None)
-        for lease in leases:
-            if lease is not None and lease is not keep:
-                lease.release()
+        if lease is not None and lease is not keep:
+            lease.release()
+        if pictures is not None and pictures is not keep:
+            pictures.release()
+        for other in held:
+            other.release()
 
 
-@dataclass(eq=False)
 class Reply:
     """A child's answer: `outputs` in the child's order, read-only views into shared memory until `release`.
 
     `timings`: nanoseconds in the child, waiting (`queue_ns`) and running (`run_ns`).
     """
 
-    outputs: list[Tensor]
-    timings: dict[str, int]
-    _placed: list[Descriptor] = field(repr=False)
-    _lease: Lease | None = field(repr=False)
-    _loop: asyncio.AbstractEventLoop = field(repr=False)
+    __slots__ = ("_lease", "_loop", "_record", "outputs")
+
+    def __init__(
+        self, outputs: list[Tensor], record: Record, lease: Lease | None, loop: asyncio.AbstractEventLoop
+    ) -> None:
+        self.outputs = outputs
+        self._record = record
+        self._lease = lease
+        self._loop = loop
+
+    @property
+    def timings(self) -> dict[str, int]:
+        return {"queue_ns": self._record.queue_ns, "run_ns": self._record.run_ns}
 
     @property
     def regions(self) -> list[Input]:
@@ -210,7 +216,7 @@ class Reply:
             tensor
             if isinstance(tensor, Strings) or place.arena == OVERFLOW
             else Region(lease, place.offset, place.nbytes, place.dtype, place.shape)
-            for tensor, place in zip(self.outputs, self._placed, strict=True)
+            for tensor, place in zip(self.outputs, self._record.tensors, strict=True)
         ]
 
     def release(self) -> None:
@@ -243,11 +249,11 @@ def outputs_of(
     `limit` bounds the memfd that came with it, in bytes. Raises ChannelError. Where copying takes long, a function that
     does it, for a thread; it can raise ChannelError too.
     """
-    extra = _map(fds, limit)
+    extra = _map(fds, limit) if fds else None
     if record.reserves:
         raise ChannelError("an answer that reserves memory")
-    reserves = call.reserves
-    sources: list[memoryview] = []
+    reserves, room = call.reserves, len(call.reserves)
+    sources: list[memoryview | mmap.mmap] = []
     slow = False
     for place, (number, arena, dtype, offset, nbytes, shape) in enumerate(record.tensors):
         if number != place:
@@ -255,26 +261,25 @@ def outputs_of(
         if arena == OVERFLOW:
             if extra is None or offset % ALIGN or offset + nbytes > len(extra):
                 raise ChannelError(f"output {place} lies outside its memfd")
-            sources.append(memoryview(extra))
-        elif place >= len(reserves):
+            sources.append(extra)
+        elif place >= room:
             raise ChannelError(f"output {place} lies where nothing was reserved")
         else:
             reserve = reserves[place]
             if arena != reserve.arena or offset != reserve.offset or nbytes > reserve.nbytes:
                 raise ChannelError(f"output {place} lies outside its lease")
             sources.append(memoryview(memories[arena]).toreadonly())
-        if dtype is DType.STRING and (nbytes > _MILLISECONDS or math.prod(shape) > MANY):
-            slow = True
+        if dtype is DType.STRING:
+            count = math.prod(shape)
+            if count > MAX_ELEMENTS:
+                raise ChannelError(f"{count} strings in one tensor")
+            slow = slow or nbytes > _MILLISECONDS or count > MANY
+    if slow:
+        return lambda: list(map(read, sources, record.tensors))
+    return list(map(read, sources, record.tensors))
 
-    def copy() -> list[Tensor]:
-        return [read(source, tensor) for source, tensor in zip(sources, record.tensors, strict=True)]
 
-    return copy if slow else copy()
-
-
-def _map(fds: Sequence[int], limit: int) -> mmap.mmap | None:
-    if not fds:
-        return None
+def _map(fds: Sequence[int], limit: int) -> mmap.mmap:
     if len(fds) > 1:
         raise ChannelError(f"an answer with {len(fds)} descriptors")
     size = sealed_size(fds[0], limit)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import array
 import fcntl
 import json
-import math
 import os
 import socket
 import struct
@@ -104,50 +103,52 @@ def itemsize(dtype: DType) -> int:
 
 def pack(record: Record) -> bytes:
     """The datagram of a record. Raises ChannelError for one that is too large."""
-    tensors, reserves = record.tensors, record.reserves
-    if len(tensors) > MAX_TENSORS or len(reserves) > MAX_TENSORS or len(record.text) > MAX_TEXT:
+    tensors, reserves, text = record.tensors, record.reserves, record.text
+    count, more = len(tensors), len(reserves)
+    if count > MAX_TENSORS or more > MAX_TENSORS or len(text) > MAX_TEXT:
         raise ChannelError("the record is too large")
-    parts = [
-        HEADER.pack(
-            _MAGIC,
-            record.kind,
-            len(tensors),
-            len(reserves),
-            record.fds,
-            record.generation,
-            len(record.text),
-            record.ticket,
-            record.deadline_ns,
-            record.queue_ns,
-            record.run_ns,
-        )
-    ]
+    data = bytearray(HEADER.size + (count + more) * DESCRIPTOR.size)
+    HEADER.pack_into(
+        data,
+        0,
+        _MAGIC,
+        record.kind,
+        count,
+        more,
+        record.fds,
+        record.generation,
+        len(text),
+        record.ticket,
+        record.deadline_ns,
+        record.queue_ns,
+        record.run_ns,
+    )
+    at = HEADER.size
     for group in (tensors, reserves):
         for number, arena, dtype, offset, nbytes, shape in group:
             rank = len(shape)
-            parts.append(
-                DESCRIPTOR.pack(number, arena, _CODES[dtype], rank, 0, offset, nbytes, *shape, *_PADDING[rank])
-            )
-    parts.append(record.text)
-    return b"".join(parts)
+            padding = _PADDING[rank]
+            DESCRIPTOR.pack_into(data, at, number, arena, _CODES[dtype], rank, 0, offset, nbytes, *shape, *padding)
+            at += DESCRIPTOR.size
+    return bytes(data) + text
 
 
-def unpack(data: bytes) -> Record:
-    """The record in a datagram. Raises ChannelError for anything that `pack` would not have made."""
-    if len(data) < HEADER.size:
-        raise ChannelError(f"a record of {len(data)} bytes")
+def unpack(data: bytes | bytearray, size: int | None = None) -> Record:
+    """The record in the first `size` bytes (default: all). Raises ChannelError for what `pack` would not have made."""
+    if size is None:
+        size = len(data)
+    if size < HEADER.size:
+        raise ChannelError(f"a record of {size} bytes")
     magic, kind, tensors, reserves, fds, generation, text, ticket, deadline, queue_ns, run_ns = HEADER.unpack_from(data)
-    if magic != _MAGIC:
-        raise ChannelError("a record without its mark")
+    known = _KINDS.get(kind)
+    if magic != _MAGIC or known is None:
+        raise ChannelError("a record without its mark, or of unknown kind")
     if tensors > MAX_TENSORS or reserves > MAX_TENSORS or fds > MAX_FDS or text > MAX_TEXT:
         raise ChannelError("a record with counts out of bounds")
-    start = HEADER.size + (tensors + reserves) * DESCRIPTOR.size
-    if len(data) != start + text:
-        raise ChannelError(f"a record of {len(data)} bytes that should have {start + text}")
-    known = _KINDS.get(kind)
-    if known is None:
-        raise ChannelError(f"a record of unknown kind {kind}")
-    found = [_descriptor(data, HEADER.size + place * DESCRIPTOR.size) for place in range(tensors + reserves)]
+    middle = HEADER.size + tensors * DESCRIPTOR.size
+    end = middle + reserves * DESCRIPTOR.size
+    if size != end + text:
+        raise ChannelError(f"a record of {size} bytes that should have {end + text}")
     return Record(
         known,
         generation,
@@ -155,24 +156,23 @@ def unpack(data: bytes) -> Record:
         deadline,
         queue_ns,
         run_ns,
-        found[:tensors],
-        found[tensors:],
-        data[start:],
+        _descriptors(data, HEADER.size, middle),
+        _descriptors(data, middle, end),
+        bytes(data[end:size]) if text else b"",
         fds,
     )
 
 
-def _descriptor(data: bytes, at: int) -> Descriptor:
-    number, arena, code, rank, zero, offset, nbytes, *dims = DESCRIPTOR.unpack_from(data, at)
-    if code >= len(_DTYPES) or rank > MAX_RANK or zero or tuple(dims[rank:]) != _PADDING[rank]:
-        raise ChannelError("a tensor with a malformed dtype, rank or shape")
-    return Descriptor(number, arena, _DTYPES[code], offset, nbytes, tuple(dims[:rank]))
-
-
-def check_numeric(descriptor: Descriptor) -> None:
-    """Raises ChannelError unless a numeric tensor's length is that of its shape."""
-    if descriptor.nbytes != math.prod(descriptor.shape) * _ITEMSIZE[descriptor.dtype]:
-        raise ChannelError(f"{descriptor.nbytes} bytes for {descriptor.dtype.value} {list(descriptor.shape)}")
+def _descriptors(data: bytes | bytearray, at: int, end: int) -> list[Descriptor]:
+    found = []
+    while at < end:
+        fields = DESCRIPTOR.unpack_from(data, at)
+        number, arena, code, rank, zero, offset, nbytes = fields[:7]
+        if code >= len(_DTYPES) or rank > MAX_RANK or zero or fields[7 + rank :] != _PADDING[rank]:
+            raise ChannelError("a tensor with a malformed dtype, rank or shape")
+        found.append(Descriptor(number, arena, _DTYPES[code], offset, nbytes, fields[7 : 7 + rank]))
+        at += DESCRIPTOR.size
+    return found
 
 
 # --- the socket ------------------------------------------------------------------------------------------------------
@@ -213,13 +213,13 @@ class Receiver:
             size, ancillary, flags, _ = self._sock.recvmsg_into((self._buffer,), _ANCILLARY, _CLOEXEC)
         except ConnectionResetError:
             raise ChannelClosed from None
-        fds = _descriptors(ancillary) if ancillary else []
+        fds = _received(ancillary) if ancillary else []
         try:
             if flags & _CUT:
                 raise ChannelError("a record that is too long, or with too many descriptors")
             if not size:
                 raise ChannelClosed
-            record = unpack(bytes(memoryview(self._buffer)[:size]))
+            record = unpack(self._buffer, size)
             if record.fds != len(fds):
                 raise ChannelError(f"a record with {len(fds)} descriptors that says {record.fds}")
         except BaseException:
@@ -228,7 +228,7 @@ class Receiver:
         return record, fds
 
 
-def _descriptors(ancillary: Sequence[tuple[int, int, bytes]]) -> list[int]:
+def _received(ancillary: Sequence[tuple[int, int, bytes]]) -> list[int]:
     fds = array.array("i")
     for level, kind, content in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
