@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import stat
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -166,11 +167,16 @@ def _content(path: Path) -> bytes | None:
     except OSError as error:
         why = "is a symbolic link" if error.errno == errno.ELOOP else f"cannot be opened: {error.strerror}"
         raise _Unusable(why) from None
-    with open(fd, "rb") as file:
-        try:
-            content = file.read(MAX_BYTES + 1)
-        except OSError as error:
-            raise _Unusable(f"cannot be read: {error.strerror}") from None
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise _Unusable("is not a plain file")
+        content = b""
+        while len(content) <= MAX_BYTES and (part := os.read(fd, MAX_BYTES + 1 - len(content))):
+            content += part
+    except OSError as error:
+        raise _Unusable(f"cannot be read: {error.strerror}") from None
+    finally:
+        os.close(fd)
     if len(content) > MAX_BYTES:
         raise _Unusable(f"is larger than {MAX_BYTES} bytes")
     return content

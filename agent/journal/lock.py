@@ -12,6 +12,9 @@ from types import TracebackType
 from agent.errors import Conflict, StorageError
 
 
+_TRIES, _PAUSE = 25, 0.02
+
+
 class Lock:
     """A held lock. The kernel lets go of it when the process ends, however it ends; the file stays."""
 
@@ -45,30 +48,32 @@ def take_lock(path: Path) -> Lock:
 
     Raises Conflict naming the pid of the slotd that holds it, StorageError if the file cannot be made.
     """
-    for _ in range(10):
+    pid: int | None = None
+    for _ in range(_TRIES):
         fd = _open(path)
+        held = False
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not _is_at(path, fd):  # removed between open and flock: another daemon would lock another file
-                os.close(fd)
-                continue
-            _write_pid(fd)
+            if _is_at(path, fd):  # else it was removed before we had it: another daemon would lock another file
+                _write_pid(fd)
+                held = True
+                return Lock(path, fd)
         except BlockingIOError:
             pid = _holder(fd)
-            os.close(fd)
-            raise Conflict(
-                f"another slotd (pid {pid or 'unknown'}) holds {path.parent}",
-                field=str(path),
-                hint="stop it first, or give this one its own state_dir",
-            ) from None
+            if pid is not None and Path(f"/proc/{pid}").exists():
+                break
+            # It is about to write its pid, or has just ended and a child of its own has yet to let go.
         except OSError as error:
-            os.close(fd)
             raise StorageError(f"cannot be locked: {error.strerror}", field=str(path), hint="check the disk") from error
-        except BaseException:
-            os.close(fd)
-            raise
-        return Lock(path, fd)
-    raise StorageError("is removed again and again", field=str(path), hint="nothing but slotd may write there")
+        finally:
+            if not held:
+                os.close(fd)
+        time.sleep(_PAUSE)
+    raise Conflict(
+        f"another slotd (pid {pid or 'unknown'}) holds {path.parent}",
+        field=str(path),
+        hint="stop it first, or give this one its own state_dir",
+    )
 
 
 def _open(path: Path) -> int:
@@ -104,9 +109,5 @@ def _write_pid(fd: int) -> None:
 
 
 def _holder(fd: int) -> int | None:
-    for _ in range(20):  # it may have the lock and be about to write
-        text = os.pread(fd, 32, 0).strip()
-        if text.isdigit():
-            return int(text)
-        time.sleep(0.01)
-    return None
+    text = os.pread(fd, 32, 0).strip()
+    return int(text) if text.isdigit() else None

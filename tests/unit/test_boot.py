@@ -1,0 +1,257 @@
+"""boot.json: whatever happens to the file or to us, the host finds the old record or the new one."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent.errors import StorageError
+from agent.journal import boot
+from agent.journal.boot import BootRecord, ModelRef, read_boot, write_boot
+
+A = ModelRef("sha256:" + "a" * 64, "registry:5000/resnet50:3", "resnet50", "3")
+B = ModelRef("sha256:" + "b" * 64, "oci:/layout:größe", "vgg16", "12")
+OLD = BootRecord(7, A, None)
+NEW = BootRecord(8, B, A)
+
+
+def test_nothing_there_is_an_empty_host(tmp_path: Path) -> None:
+    assert read_boot(tmp_path) == BootRecord(0, None, None)
+
+
+def test_what_was_written_is_read(tmp_path: Path) -> None:
+    for record in (OLD, NEW, BootRecord(9, None, B)):
+        write_boot(tmp_path, record)
+        assert read_boot(tmp_path) == record
+    assert sorted(os.listdir(tmp_path)) == ["boot.json", "boot.json.bak"]
+
+
+def test_the_former_record_is_the_backup(tmp_path: Path) -> None:
+    write_boot(tmp_path, OLD)
+    write_boot(tmp_path, NEW)
+    (tmp_path / "boot.json").unlink()
+    found = read_boot(tmp_path)
+    assert replace(found, repaired=None) == OLD
+    assert found.repaired == "boot.json is gone"
+
+
+def test_truncated_at_every_byte(tmp_path: Path) -> None:
+    write_boot(tmp_path, OLD)
+    write_boot(tmp_path, NEW)
+    path = tmp_path / "boot.json"
+    content = path.read_bytes()
+    for length in range(len(content)):
+        path.write_bytes(content[:length])
+        found = read_boot(tmp_path)
+        assert replace(found, repaired=None) == OLD, length
+        assert found.repaired is not None and found.repaired.startswith("boot.json "), length
+
+
+def test_a_bit_flipped_at_every_byte(tmp_path: Path) -> None:
+    write_boot(tmp_path, OLD)
+    write_boot(tmp_path, NEW)
+    path = tmp_path / "boot.json"
+    content = path.read_bytes()
+    for place in range(len(content)):
+        for bit in range(8):
+            damaged = bytearray(content)
+            damaged[place] ^= 1 << bit
+            path.write_bytes(damaged)
+            assert replace(read_boot(tmp_path), repaired=None) == OLD, (place, bit)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\0" * 512,
+        b"null\n",
+        b"[1]\n",
+        b"{}\n",
+        b'{"format":1,"record":NaN,"sha256":""}\n',
+        b"[" * 60_000,
+        b"x" * (boot.MAX_BYTES + 1),
+        boot._sealed(1, {"generation": 1}),
+        boot._sealed(1, None),
+        boot._sealed(1, {"generation": "x", "committed": None, "previous": None}),
+        boot._sealed(2, {"generation": 1, "committed": None, "previous": None}),
+    ],
+)
+def test_what_is_no_record_is_not_believed(tmp_path: Path, content: bytes) -> None:
+    write_boot(tmp_path, OLD)
+    write_boot(tmp_path, NEW)
+    (tmp_path / "boot.json").write_bytes(content)
+    assert replace(read_boot(tmp_path), repaired=None) == OLD
+    (tmp_path / "boot.json.bak").write_bytes(content)
+    with pytest.raises(StorageError) as caught:
+        read_boot(tmp_path)
+    assert "boot.json.bak" in caught.value.message
+    assert caught.value.hint
+    write_boot(tmp_path, NEW)  # and the host can go on from there
+    assert read_boot(tmp_path) == NEW
+
+
+def test_only_the_backup_is_there_and_broken(tmp_path: Path) -> None:
+    (tmp_path / "boot.json.bak").write_bytes(b"x")
+    with pytest.raises(StorageError):
+        read_boot(tmp_path)
+
+
+def test_a_broken_record_does_not_become_the_backup(tmp_path: Path) -> None:
+    write_boot(tmp_path, OLD)
+    write_boot(tmp_path, NEW)
+    (tmp_path / "boot.json").write_bytes(b"broken")
+    third = BootRecord(9, B, None)
+    write_boot(tmp_path, third)
+    assert read_boot(tmp_path) == third
+    assert (tmp_path / "boot.json.broken").read_bytes() == b"broken"
+    (tmp_path / "boot.json").unlink()
+    assert replace(read_boot(tmp_path), repaired=None) == OLD
+
+
+def test_links_and_folders_are_no_record(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    write_boot(other, NEW)
+    (tmp_path / "boot.json").symlink_to(other / "boot.json")
+    with pytest.raises(StorageError, match="symbolic link"):
+        read_boot(tmp_path)
+    write_boot(tmp_path, OLD)
+    assert read_boot(tmp_path) == OLD
+    assert read_boot(other) == NEW
+    (other / "boot.json").unlink()
+    (other / "boot.json").mkdir()
+    with pytest.raises(StorageError):
+        read_boot(other)
+    with pytest.raises(StorageError, match=r"boot\.json"):
+        write_boot(other, OLD)
+
+
+def test_fields_of_a_newer_slotd_are_left_alone(tmp_path: Path) -> None:
+    fields = json.loads(boot._encode(NEW))["record"] | {"pinned": True}
+    fields["committed"]["signed_by"] = "somebody"
+    (tmp_path / "boot.json").write_bytes(boot._sealed(1, fields))
+    assert read_boot(tmp_path) == NEW
+
+
+def test_no_folder(tmp_path: Path) -> None:
+    assert read_boot(tmp_path / "none") == BootRecord(0, None, None)
+    with pytest.raises(StorageError) as caught:
+        write_boot(tmp_path / "none", OLD)
+    assert caught.value.exit == 74
+
+
+class PowerCut(BaseException):
+    """Nothing after it happens."""
+
+
+@pytest.mark.parametrize("torn", [False, True], ids=["before", "torn"])
+def test_power_cut_at_every_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, torn: bool) -> None:
+    """The n-th system call of a commit is the last one; of a torn write half of it happens."""
+    calls = ("open", "write", "fsync", "rename", "link")
+    real = {name: getattr(os, name) for name in calls}
+    seen, outcomes = 0, set()
+    for last in range(100):
+        folder = tmp_path / f"{last}"
+        folder.mkdir()
+        write_boot(folder, BootRecord(6, B, None))
+        write_boot(folder, OLD)
+        count = 0
+
+        def count_down(name: str, *arguments: Any, **more: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count > last:
+                if torn and name == "write" and count == last + 1:
+                    real[name](arguments[0], arguments[1][: len(arguments[1]) // 2])
+                raise PowerCut
+            return real[name](*arguments, **more)
+
+        for name in calls:
+            monkeypatch.setattr(os, name, lambda *a, _n=name, **k: count_down(_n, *a, **k))
+        try:
+            write_boot(folder, NEW)
+            done = True
+        except PowerCut:
+            done = False
+        finally:
+            monkeypatch.undo()
+        found = read_boot(folder)
+        assert found.repaired is None
+        assert found in (OLD, NEW), last
+        outcomes.add(found.generation)
+        seen = last
+        if done:
+            assert found == NEW
+            break
+        write_boot(folder, NEW)  # what is left over is in nobody's way
+        assert read_boot(folder) == NEW
+    assert seen >= 8
+    assert outcomes == {7, 8}
+
+
+@pytest.mark.parametrize("call", ["open", "write", "fsync", "rename"])
+def test_a_disk_that_fails_leaves_the_old_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    write_boot(tmp_path, OLD)
+
+    def fail(path: Any, *_: Any, **__: Any) -> Any:
+        if call == "open" and not str(path).endswith(".new"):
+            return real(path, *_, **__)
+        raise OSError(5, "Input/output error")
+
+    real = getattr(os, call)
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(StorageError, match="Input/output error") as caught:
+        write_boot(tmp_path, NEW)
+    monkeypatch.undo()
+    assert caught.value.hint
+    assert read_boot(tmp_path) == OLD
+    assert not list(tmp_path.glob("*.new"))
+    write_boot(tmp_path, NEW)
+    assert read_boot(tmp_path) == NEW
+
+
+_WRITER = """
+import sys
+from pathlib import Path
+from agent.journal.boot import BootRecord, ModelRef, read_boot, write_boot
+folder = Path(sys.argv[1])
+generation = read_boot(folder).generation
+while True:
+    generation += 1
+    ref = ModelRef("sha256:%064x" % generation, "x" * (generation % 50), "m", str(generation))
+    write_boot(folder, BootRecord(generation, ref, None))
+    print(generation, flush=True)
+"""
+
+
+def test_killed_while_it_writes(tmp_path: Path) -> None:
+    """What was acknowledged is there; at most one more is."""
+    chance = random.Random(1)
+    generation = 0
+    for _ in range(8):
+        writer = subprocess.Popen([sys.executable, "-c", _WRITER, str(tmp_path)], stdout=subprocess.PIPE)
+        assert writer.stdout is not None
+        first = writer.stdout.readline()
+        assert first
+        time.sleep(chance.random() * 0.05)
+        writer.send_signal(signal.SIGKILL)
+        acknowledged = int([first, *writer.stdout.read().splitlines(keepends=True)][-1].split()[0])
+        writer.stdout.close()
+        writer.wait()
+        found = read_boot(tmp_path)
+        assert found.repaired is None
+        assert found.generation in (acknowledged, acknowledged + 1)
+        assert found.committed is not None and found.committed.version == str(found.generation)
+        assert acknowledged > generation
+        generation = found.generation
