@@ -29,6 +29,8 @@ Discard: TypeAlias = Callable[[Seat], Awaitable[None]]
 KEEP_IDLE = 5.0
 """Seconds that a disposable executor is kept for the next suspect."""
 MAX_POISON = 1000
+SPAWNS = 3
+"""How often a disposable executor is started for one suspect."""
 
 
 @dataclass
@@ -128,7 +130,7 @@ class Trials:
         spare = self._spare
         if spare is None or not _fits(spare, seat, decodes=prepared is None):
             await self._drop()
-            spare = self._spare = await self._spawn(seat, prepared is None)
+            spare = self._spare = await self._fresh(seat, decodes=prepared is None)
         own: Prepared | None = None
         clean = False
         try:
@@ -157,6 +159,15 @@ class Trials:
             else:
                 await asyncio.shield(self._drop())
         return spare, reply
+
+    async def _fresh(self, seat: Seat, *, decodes: bool) -> Seat:
+        """A disposable executor; one that ends while it loads has not seen the request, so there is another."""
+        for _ in range(SPAWNS - 1):
+            try:
+                return await self._spawn(seat, decodes)
+            except ExecutorDied as error:
+                log.warning("disposable_died_at_load", model=seat.model.name, error=str(error))
+        return await self._spawn(seat, decodes)
 
     async def _reap(self) -> None:
         await asyncio.sleep(KEEP_IDLE)

@@ -22,6 +22,8 @@ log = structlog.get_logger(__name__)
 
 RESTART_FIRST = 0.2
 RESTART_MAX = 30.0
+HOPELESS = 3
+"""Starts in a row that fail before requests are refused instead of waiting."""
 HEALTHY = 60.0
 """Seconds that an executor must live for its restart back-off to start anew."""
 
@@ -172,24 +174,28 @@ class Residents:
 
     async def _keep_bridge(self, resident: Resident) -> None:
         loop = asyncio.get_running_loop()
-        delay, born = 0.0, loop.time()
+        digest, name = resident.model.digest, resident.model.name
+        delay, born, failures = 0.0, loop.time(), 0
         while True:
             bridge = resident.bridge
             if bridge is not None:
                 end = await asyncio.shield(bridge.worker.died)
-                log.error("bridge_died", model=resident.model.name, exit=str(end))
+                log.error("bridge_died", model=name, exit=str(end))
                 self._lost(resident, bridge)
                 delay = 0.0 if loop.time() - born > HEALTHY else min(RESTART_MAX, max(RESTART_FIRST, delay * 2))
             if delay:
                 await asyncio.sleep(delay)
             born = loop.time()
-            self.arbiter.bridge_starting(resident.model.digest)
+            self.arbiter.bridge_starting(digest)
             try:
                 await self._start_bridge(resident)
+                failures = 0
             except SlotdError as error:
-                log.error("bridge_restart_failed", model=resident.model.name, error=str(error))
-                self.arbiter.bridge_gone(resident.model.digest)
+                failures += 1
+                log.error("bridge_restart_failed", model=name, error=str(error), failures=failures)
                 delay = min(RESTART_MAX, max(RESTART_FIRST, delay * 2))
+                if failures >= HOPELESS:  # until then requests wait for it; now they are told at once
+                    self.arbiter.bridge_gone(digest)
 
     def _lost(self, resident: Resident, bridge: Seat) -> None:
         resident.bridge = None

@@ -30,7 +30,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "programming hangs": ({"at": "program", "kind": "hang", "accelerator": NEW}, "PROGRAM_TIMEOUT"),
     "the programmer dies": ({"at": "program", "kind": "death", "accelerator": NEW}, "PROGRAM_FAILED"),
     "wrong id after success": ({"at": "program", "kind": "wrong_id", "accelerator": NEW}, "WRONG_ACCELERATOR"),
-    "device busy at open": ({"at": "open", "kind": "error", "accelerator": NEW}, "DEVICE_BUSY"),
+    "device busy at open": ({"at": "open", "kind": "error", "code": "DEVICE_BUSY", "accelerator": NEW}, "DEVICE_BUSY"),
     "death at open": ({"at": "open", "kind": "death", "accelerator": NEW}, "EXECUTOR_DIED"),
     "wrong result": ({"at": "infer", "kind": "wrong_result", "accelerator": NEW, "count": None}, "PROOF_FAILED"),
     "stale result": ({"at": "infer", "kind": "stale_result", "accelerator": NEW, "count": None}, "PROOF_FAILED"),

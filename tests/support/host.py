@@ -209,7 +209,7 @@ class Host:
             return predict(channel, x, timeout=timeout)
 
     @contextlib.contextmanager
-    def load(self, clients: int = 4, *, timeout: float = 10, pause: float = 0.0) -> Iterator[Load]:
+    def load(self, clients: int = 4, *, timeout: float = 10, pause: float = 0.004) -> Iterator[Load]:
         """Clients that keep asking, each on its own channel, until the end of the block."""
         load = Load(self.address, timeout, pause)
         threads = [threading.Thread(target=load.run, args=(number,), daemon=True) for number in range(clients)]
