@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,20 +36,21 @@ _PHOTOGRAPHS = {
 _HINT = "pip install 'slotd[demo]'"
 
 
-def build_demo_images(layout: Path, progress: Callable[[str], None]) -> dict[str, str]:
+def build_demo_images(layout: Path, models: Path, progress: Callable[[str], None]) -> dict[str, str]:
     """Make both images in an OCI layout folder; manifest digests by tag (`efficientnet-lite0:1`, …).
 
-    `progress` is told what is being done. Raises NotFound if the `demo` extra is not installed, StorageError.
+    What was packed is left in `models`, a folder for each by its name. `progress` is told what is being done. Raises
+    NotFound if the `demo` extra is not installed, StorageError.
     """
     digests: dict[str, str] = {}
     for variant in (LITE0, LITE1):
-        with tempfile.TemporaryDirectory(prefix="slotd-demo-") as name:
-            folder = Path(name)
-            progress(f"writing {variant.name} as ONNX")
-            write_model(variant, folder)
-            tag = f"{variant.name}:1"
-            progress(f"packing {tag}")
-            digests[tag] = pack(folder, layout, tag)
+        folder = models / variant.name
+        folder.mkdir(parents=True)
+        progress(f"writing {variant.name} as ONNX")
+        write_model(variant, folder)
+        tag = f"{variant.name}:1"
+        progress(f"packing {tag}")
+        digests[tag] = pack(folder, layout, tag)
     return digests
 
 

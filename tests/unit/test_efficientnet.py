@@ -222,11 +222,12 @@ def test_the_models_differ_on_the_same_picture(folders: dict[Variant, Path]) -> 
 
 def test_demo_images(tmp_path: Path) -> None:
     said: list[str] = []
-    digests = build_demo_images(tmp_path / "layout", said.append)
+    digests = build_demo_images(tmp_path / "layout", tmp_path / "models", said.append)
+    assert sorted(path.name for path in (tmp_path / "models").iterdir()) == ["efficientnet-lite0", "efficientnet-lite1"]
     assert list(digests) == ["efficientnet-lite0:1", "efficientnet-lite1:1"]
     assert all(parse_reference(tag) for tag in digests)
     assert len(said) >= 4
-    assert build_demo_images(tmp_path / "layout", said.append) == digests
+    assert build_demo_images(tmp_path / "layout", tmp_path / "again", said.append) == digests
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
