@@ -43,6 +43,22 @@ def read_graph(path: Path) -> tuple[list[TensorSpec], list[TensorSpec]]:
         raise InvalidModel(f"is not an ONNX graph: {error}", field=path.name) from None
 
 
+def has_external_weights(path: Path) -> bool:
+    """Whether a graph's weights lie in files beside it (TensorProto.data_location, 14). Raises InvalidModel."""
+    try:
+        with path.open("rb") as file:
+            data = memoryview(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
+        graph = _message(data, 7)
+        return any(
+            field == 14 and where == 1
+            for number, tensor in _fields(graph)
+            if number == 5 and isinstance(tensor, memoryview)
+            for field, where in _fields(tensor)
+        )
+    except (OSError, ValueError, IndexError) as error:
+        raise InvalidModel(f"is not an ONNX graph: {error}", field=path.name) from None
+
+
 def _graph(data: _Bytes) -> tuple[list[TensorSpec], list[TensorSpec]]:
     inputs: list[TensorSpec] = []
     outputs: list[TensorSpec] = []

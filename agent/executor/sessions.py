@@ -16,6 +16,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from agent.errors import ExecutorError, InvalidInput, InvalidModel
+from agent.executor.graph import has_external_weights
 from agent.model.signature import DType, Strings, Tensor, TensorSpec
 from drivers.base import Numerics
 
@@ -155,6 +156,9 @@ def open_session(
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+    if has_external_weights(path):
+        # Mapped as they are, the weights' pages are shared by all executors of a model, and loading takes a tenth.
+        options.add_session_config_entry("session.disable_prepacking", "1")
     try:
         session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except MemoryError:

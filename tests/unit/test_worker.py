@@ -18,7 +18,7 @@ from support.hash_child import digest, filler
 from support.lying_child import LIES
 from support.stall import stall_probe
 
-from agent.errors import DeadlineExceeded, ExecutorDied, ExecutorError, InvalidInput, Overloaded
+from agent.errors import DeadlineExceeded, ExecutorDied, ExecutorError, InvalidInput, Overloaded, SlotError
 from agent.executor.client import Launch, Region, Worker
 from agent.model.signature import Strings, Tensor
 
@@ -325,6 +325,20 @@ async def test_stop_lets_it_finish_then_insists() -> None:
     await asyncio.gather(stopped.stop(grace=0.2), stopped.stop(grace=0.2))
     assert (await stopped.died).signal == signal.SIGKILL
     assert worker.arena.used == busy.arena.used == stopped.arena.used == 0
+
+
+async def test_a_child_that_will_not_die_is_said_to_be_stuck(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = await start("hash_child")
+    call = worker.submit([(0, order(1, 60_000))], deadline_ns=soon(), reserve=[32])
+    with monkeypatch.context() as patch:
+        patch.setattr(worker._process, "signal", lambda number: None)  # as if the kernel held it
+        with pytest.raises(SlotError) as caught:
+            await worker.stop(grace=0.05)
+    assert caught.value.code == "DEVICE_STUCK"
+    assert worker.arena.used > 0, "what it may still write to is not given back"
+    worker.signal(signal.SIGKILL)
+    await worker.died
+    assert worker.arena.used == 0 and isinstance(call.result.exception(), ExecutorDied)
 
 
 async def test_a_child_ends_when_the_agent_does() -> None:
