@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from agent.errors import Overloaded, SlotdError
 from agent.slot.arbiter import Answerer, On, Refuse, Wait
 
-SAFETY = 0.8
-"""A request is admitted if the work ahead of it fits into this share of its time."""
+SAFETY = 0.5
+"""A request is admitted if the work ahead of it fits into this share of its time: a CPU may be slowed by others."""
 CUTOVER = 1.0
 """Seconds that the new model waits at most for answers of the old one that are under way."""
 
@@ -71,7 +71,7 @@ class Place:
             self.answered += 1
             self.latencies.add(latency)
             sample = min(latency, now - self._last)
-            self.service += (sample - self.service) * max(0.05, 1.0 / (self.answered + 1))
+            self.service += (sample - self.service) * max(0.1, 1.0 / (self.answered + 1))
         self._last = now
 
     def __str__(self) -> str:

@@ -43,7 +43,7 @@ class Seen:
     other: list[tuple[float, str]] = field(default_factory=list)
 
 
-async def open_loop(address: str, rate: float, seconds: float, seen: Seen) -> None:
+async def open_loop(address: str, rate: float, over: asyncio.Event, seen: Seen) -> None:
     """Sends `rate` requests each second whether or not the ones before were answered."""
     rng = np.random.default_rng(3)
     async with grpc.aio.insecure_channel(address) as channel:
@@ -71,7 +71,8 @@ async def open_loop(address: str, rate: float, seconds: float, seen: Seen) -> No
         begin = time.monotonic()
         async with asyncio.TaskGroup() as group:
             sent = 0
-            while (now := time.monotonic() - begin) < seconds:
+            while not over.is_set():
+                now = time.monotonic() - begin
                 while sent < now * rate:
                     group.create_task(one())
                     sent += 1
@@ -83,9 +84,12 @@ def swap_under(host: Host, rate: float) -> tuple[Seen, float, float]:
     seen = Seen()
 
     async def both() -> dict[str, object]:
-        load = asyncio.create_task(open_loop(host.address, rate, 9.0, seen))
+        over = asyncio.Event()
+        load = asyncio.create_task(open_loop(host.address, rate, over, seen))
         await asyncio.sleep(1.0)
         done = await asyncio.to_thread(host.deploy, "tiny:2")
+        await asyncio.sleep(0.5)
+        over.set()
         await load
         return done
 

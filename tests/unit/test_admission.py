@@ -41,7 +41,7 @@ def test_what_cannot_be_answered_in_time_is_refused_at_once() -> None:
             queue.admit(0.0, 1.0, 0, BRIDGE)
             list(queue.take(0.0, BRIDGE))
             admitted += 1
-    assert 18 <= admitted <= 21, "a second holds 25 requests of 40 ms, four fifths of that are admitted"
+    assert 11 <= admitted <= 14, "a second holds 25 requests of 40 ms, half of that are admitted"
     assert refused.value.retry_after is not None
     assert queue.shed == 1
 
@@ -54,7 +54,7 @@ def test_a_short_deadline_on_an_idle_executor_is_tried() -> None:
 
 def test_a_slower_answerer_sheds_what_it_cannot_do() -> None:
     queue = admission()
-    for _ in range(300):
+    for _ in range(200):
         queue.admit(0.0, 1.0, 0, SLOT)
     shed = list(queue.overdue(0.0, BRIDGE))
     assert len(queue.queue) == pytest.approx(25, abs=2)
