@@ -11,7 +11,6 @@ from types import TracebackType
 
 from agent.errors import Conflict, StorageError
 
-
 _TRIES, _PAUSE = 25, 0.02
 
 
