@@ -37,6 +37,13 @@ class Ends:
     """host:port"""
     pid: int
 
+    @property
+    def ports(self) -> str:
+        """In a few words."""
+        return " · ".join(
+            f"{name} port {end.rpartition(':')[2]}" for name, end in (("gRPC", self.address), ("MQTT", self.broker))
+        )
+
 
 class Embedded:
     """`slotd run` as a service manager would start it."""

@@ -92,6 +92,7 @@ class Result:
     stale: int = 0
     by_slot: int = 0
     by_bridge: int = 0
+    latency: Latency = Latency(0, None, None, None)
     first: Swap | None = None
     swaps: list[Around] = field(default_factory=list)
     errors: dict[str, int] = field(default_factory=dict)
@@ -122,6 +123,7 @@ def judge(
     result.stale = _stale(good, deployments)
     served = Counter(answer.served_by for answer in good)
     result.by_slot, result.by_bridge = served["slot"], served["bridge"]
+    result.latency = latency(good)
     result.errors = dict(Counter(answer.error for answer in told if answer.error is not None).most_common(SHOWN))
     result.swaps = _around(told, deployments, wrong)
     result.problems = list(_problems(result, len(good), wanted))

@@ -83,7 +83,12 @@ def check_picture(path: Path) -> None:
         with Image.open(path, formats=("JPEG", "PNG")) as picture:
             picture.verify()
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InvalidInput(f"is no JPEG or PNG: {error}", field=str(path), hint="give --image a photograph") from None
+        reason = getattr(error, "strerror", None)
+        raise InvalidInput(
+            f"cannot be read: {reason}" if reason else "is no JPEG or PNG",
+            field=str(path),
+            hint="give --image a photograph",
+        ) from None
 
 
 def _jpeg(picture: Image.Image) -> bytes:

@@ -128,7 +128,7 @@ class Demo:
         models = tuple(Model(**model) for model in built["models"])
         with self.steps.step("Start slotd") as step:
             ends = await host.start()
-            step.detail = f"gRPC {ends.address}, MQTT broker {ends.broker}, a simulated slot"
+            step.detail = ends.ports
         picture = self.options.image or picture_path(folder, PORTRAIT)
         result = await _beside(self._on(ends, folder, models, picture, int(built["pictures"])), host.ended())
         result.took = time.monotonic() - self._began
@@ -152,21 +152,19 @@ class Demo:
                     raise
         if fault is not None:
             raise fault
-        names = " and ".join(model["name"] for model in done["models"])
-        step.detail = f"{names}, {size(done['bytes'])}"
+        step.detail = f"{size(done['bytes'])} in an OCI layout"
         return done
 
     async def _on(self, ends: Ends, folder: Path, models: tuple[Model, ...], picture: Path, pictures: int) -> Result:
         """What is done with a slotd that runs."""
         async with AsyncExitStack() as stack:
             far = await stack.enter_async_context(operator(ends.broker, DEVICE))
-            with self.steps.step(f"Deploy {models[0].name} over MQTT") as step:
+            with self.steps.step(f"Deploy {models[0].name}") as step:
                 deployments = [await _deploy(far, models[0], step)]
-                step.detail = f"{deployments[0].document['outcome']}"
-            with self.steps.step(f"Classify {picture.name} over gRPC") as step:
+                step.detail = f"{deployments[0].document['outcome']}, by an MQTT command"
+            with self.steps.step(f"Classify {picture.name}") as step:
                 classified = await _predict(ends.address, picture)
-                model = classified["model"]
-                step.detail = f"by {model['name']}, from the {classified['served_by']}, in {classified['ms']:.0f} ms"
+                step.detail = f"over gRPC, by the {classified['served_by']}, in {classified['ms']:.0f} ms"
             self.steps.beneath(classes(classified))
             clients = await stack.enter_async_context(load(folder, ends.address, self.options.clients))
             deployments += await _beside(self._swap(far, models, clients), asyncio.shield(clients.reading))
@@ -194,7 +192,7 @@ class Demo:
             with self.steps.step(f"Swap to {model.name}") as step:
                 swap = await _deploy(far, model, step, clients)
                 took = seconds(swap.document["seconds"])
-                step.live = lambda took=took: Text(f"committed after {took} · {clients}")
+                step.live = lambda took=took: Text(f"after {took} · {clients}")
                 step.share = None
                 await asyncio.sleep(options.seconds_each)
             swaps.append(swap)

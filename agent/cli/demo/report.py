@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from agent.cli.demo.play import Left
 
 _BAR = 20
+_LEGEND = """\
+ during         from the command to the new model's first answer
+ slot, bridge   who answered during the swap: the slot, or the CPU in its place"""
 
 
 def classes(classified: Mapping[str, Any]) -> Table:
@@ -42,9 +45,9 @@ def show(result: Result, out: Console) -> None:
     """Both tables, and the verdict."""
     out.print()
     out.print(_swaps(result))
+    out.print(Text(_LEGEND, "dim"))
     out.print()
     out.print(_phases(result))
-    out.print()
     if result.log_tail:
         out.print(Text("the end of slotd's log:", "bold"))
         out.print(Text(result.log_tail, "dim"), soft_wrap=True)
@@ -54,23 +57,21 @@ def show(result: Result, out: Console) -> None:
 
 def _swaps(result: Result) -> Table:
     table = Table(
-        title="What the clients saw: latency in ms, p50 / p99 (longest)",
+        title="What the clients saw: latency in ms, p50/p99",
         title_style="bold",
         title_justify="left",
         box=box.SIMPLE_HEAD,
         header_style="bold",
         pad_edge=False,
     )
-    table.add_column("swap to")
-    for name in ("before", "during", "after"):
+    table.add_column("swap", no_wrap=True)
+    for name in ("before", "during", "after", "slot", "bridge", "failed", "wrong"):
         table.add_column(name, justify="right", no_wrap=True)
-    for name in ("slot", "bridge", "failed", "wrong"):
-        table.add_column(name, justify="right")
-    for around in result.swaps:
+    for number, around in enumerate(result.swaps, 1):
         table.add_row(
-            around.swap.model.name,
+            f"{number}: {_short(around.swap)}",
             _latency(around.before),
-            _latency(around.during, longest=True),
+            _latency(around.during),
             _latency(around.after),
             f"{around.by_slot:,}",
             f"{around.by_bridge:,}",
@@ -79,8 +80,8 @@ def _swaps(result: Result) -> Table:
         )
     table.add_section()
     table.add_row(
-        "the whole time",
-        "",
+        "in all",
+        _latency(result.latency),
         "",
         "",
         f"{result.by_slot:,}",
@@ -88,8 +89,6 @@ def _swaps(result: Result) -> Table:
         _bad(result.failed),
         _bad(result.wrong + result.stale),
     )
-    table.caption = "During: from the command to the new model's first answer. Slot, bridge: who answered then."
-    table.caption_justify = "left"
     return table
 
 
@@ -120,11 +119,8 @@ def _short(swap: Swap) -> str:
     return swap.model.name.rpartition("-")[2]
 
 
-def _latency(latency: Latency, *, longest: bool = False) -> str:
-    if latency.p50 is None or latency.p99 is None or latency.max is None:
-        return NONE
-    text = f"{latency.p50:.0f} / {latency.p99:.0f}"
-    return f"{text} ({latency.max:.0f})" if longest else text
+def _latency(latency: Latency) -> str:
+    return NONE if latency.p50 is None or latency.p99 is None else f"{latency.p50:.0f}/{latency.p99:.0f}"
 
 
 def _bad(number: int) -> Text:
@@ -169,6 +165,7 @@ def document(result: Result) -> dict[str, Any]:
         "by_slot": result.by_slot,
         "by_bridge": result.by_bridge,
         "errors": result.errors,
+        "latency": _milliseconds(result.latency),
         "load_s": round(result.seconds, 3),
         "took_s": round(result.took, 3),
         "classified": result.classified,
@@ -222,6 +219,7 @@ def what_next(left: Left, out: Console) -> None:
     """Commands for the slotd that is left running, ready to be pasted."""
     slotd, config = _program(), shlex.quote(str(left.folder / "config.yaml"))
     host, _, port = left.ends.broker.rpartition(":")
+    pid = left.ends.pid
     other = left.models[1].tag
     message = f'{{\\"expires\\": $(($(date +%s) + 60)), \\"arguments\\": {{\\"image\\": \\"{other}\\"}}}}'
     picture = shlex.quote(str(left.picture))
@@ -236,9 +234,12 @@ def what_next(left: Left, out: Console) -> None:
             f'mosquitto_pub -h {host} -p {port} -t slotd/{left.device}/cmd/deploy -m "{message}"',
         ),
         ("Its log", f"tail -f {shlex.quote(str(left.folder / 'slotd.log'))}"),
-        ("Stop it, and remove everything", f"kill {left.ends.pid}; rm -r {shlex.quote(str(left.folder))}"),
+        (
+            "Stop it, and remove everything",
+            f"kill {pid} && tail --pid={pid} -f /dev/null && rm -r {shlex.quote(str(left.folder))}",
+        ),
     )
-    out.print(Text(f"\nslotd goes on running, with pid {left.ends.pid}. What to try:", "bold"))
+    out.print(Text(f"\nslotd goes on running, with pid {pid}. What to try:", "bold"))
     for title, command in parts:
         out.print(Text.assemble((f"\n  # {title}\n", "dim"), f"  {command}"), soft_wrap=True)
 
@@ -249,4 +250,6 @@ def _program() -> str:
     found = shutil.which("slotd")
     if found is not None and Path(found) == beside:
         return "slotd"
-    return shlex.quote(str(beside)) if beside.exists() else f"{shlex.quote(sys.executable)} -m agent"
+    if not beside.exists():
+        return f"{shlex.quote(sys.executable)} -m agent"
+    return shlex.quote(str(beside.relative_to(Path.cwd()) if beside.is_relative_to(Path.cwd()) else beside))

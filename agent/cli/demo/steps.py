@@ -17,7 +17,7 @@ from rich.text import Text
 
 from agent.cli.output import plain
 
-_TITLE = 36
+_TITLE = 26
 _BAR = 14
 
 
