@@ -214,9 +214,18 @@ class Connection(aiomqtt.Client):
                 if only_new
                 else SubscribeOptions.RETAIN_SEND_ON_SUBSCRIBE,
             )
-            answers: Any = await self.subscribe(topic, options=options)
+            subscribing = asyncio.create_task(self.subscribe(topic, options=options), name="link-subscribe")
         else:
-            answers = await self.subscribe(topic, 1)
+            subscribing = asyncio.create_task(self.subscribe(topic, 1), name="link-subscribe")
+        try:
+            # aiomqtt would wait for the whole time-out when the connection has ended.
+            waits: list[asyncio.Future[Any]] = [subscribing, self._disconnected]
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            if not subscribing.done():
+                raise MqttError("the connection is gone")
+            answers: Any = subscribing.result()
+        finally:
+            subscribing.cancel()
         for answer in answers:
             value = answer.value if isinstance(answer, ReasonCode) else int(answer)
             if value >= 0x80:

@@ -11,6 +11,7 @@ from itertools import takewhile
 from typing import Any
 
 import structlog
+from aiomqtt import MqttError
 from paho.mqtt.reasoncodes import ReasonCode
 
 from agent import __version__
@@ -66,6 +67,7 @@ class Outgoing:
         self._answered = asyncio.Event()
         self._all_sent = asyncio.Event()
         self._all_sent.set()
+        self._ended = False
 
     # --- what the link asks for ---------------------------------------------------------------------------------------
 
@@ -97,8 +99,10 @@ class Outgoing:
         }
 
     async def end(self, connection: Connection) -> None:
-        """What is still to be answered, then offline. Raises MqttError; the caller bounds it."""
-        await self._all_sent.wait()
+        """What is still to be answered, then offline, for good. Raises MqttError; the caller bounds it."""
+        if self._status is not None:  # else nobody sends the answers
+            await self._all_sent.wait()
+        self._ended = True
         await self._send_status(connection, "offline", "stop")
 
     def gone(self) -> None:
@@ -135,6 +139,8 @@ class Outgoing:
         return refused is None
 
     async def _send_status(self, connection: Connection, state: str, reason: str | None = None) -> None:
+        if self._ended and state == "online":
+            raise MqttError("stopped")
         document = status_document(state, boot_id=self._boot_id, version=__version__, reason=reason)
         self._status = document
         await self._publish(connection, self._topics.status, document, retain=True)

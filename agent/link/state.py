@@ -17,6 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from agent.errors import InvalidInput, SlotdError
 
 State = Literal["none", "waiting", "applying", "applied", "failed", "interrupted"]
+RESUMED = "resume"
+"""The kind of actor of a deployment that goes on where one was cut off by a restart."""
 _OURS = ("desired", "boot")
 """Kinds of actors whose deployments are not an override: the wish itself, and the host coming back to what it had."""
 
@@ -211,14 +213,15 @@ def observe(memory: Memory, status: Mapping[str, Any]) -> Memory:
     """The memory brought up to date with the host's status: the end of its own deployment, and overrides."""
     if memory.hash is None:
         return memory
-    if memory.state == "applying":
+    if memory.state in ("applying", "interrupted"):
         found = find(memory, status)
-        if found is None:
+        if found is not None and (memory.state == "applying" or found["id"] != memory.task):
+            memory = started(memory, found["id"])
+            if found.get("outcome") is None:
+                return memory
+            memory = over(memory, found, status)
+        elif memory.state == "applying":
             return memory
-        memory = replace(memory, task=found["id"])
-        if found.get("outcome") is None:
-            return memory
-        memory = over(memory, found, status)
     if memory.state == "waiting":
         return memory
     if in_sync(memory, status):
@@ -251,17 +254,15 @@ def over(memory: Memory, deployment: Mapping[str, Any], status: Mapping[str, Any
 def find(memory: Memory, status: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The deployment that carries out the wish, where the status has it: the one that a restart put in its place, or
     the one with its id; without an id (the agent was cut off before it knew it) the one for the same image."""
-    image = (memory.section or {}).get("image")
     deployments: list[Mapping[str, Any]] = [status[key] for key in ("waiting", "deployment", "last") if status.get(key)]
-    if memory.task is None:
-        for deployment in deployments:
-            ours = _kind(deployment) == "desired" and deployment.get("reference") == image
-            if ours and deployment.get("id") not in (None, memory.seen):
-                return deployment
-        return None
+    image = (memory.section or {}).get("image")
+    kinds = (RESUMED,) if memory.task is not None else (RESUMED, "desired")
     for deployment in deployments:
-        if _actor(deployment) == f"resume of {memory.task}":
+        fits = _kind(deployment) in kinds and deployment.get("reference") == image
+        if fits and deployment.get("id") not in (None, memory.seen):
             return deployment
+    if memory.task is None:
+        return None
     return next((deployment for deployment in deployments if deployment.get("id") == memory.task), None)
 
 
@@ -270,8 +271,8 @@ def _actor(deployment: Mapping[str, Any]) -> str:
 
 
 def _kind(deployment: Mapping[str, Any]) -> str:
-    """`desired` of "desired: revision 7"."""
-    return _actor(deployment).partition(":")[0]
+    """`desired` of "desired: revision 7", `resume` of "resume of d-1"."""
+    return _actor(deployment).partition(" ")[0].rstrip(":")
 
 
 def in_sync(memory: Memory, status: Mapping[str, Any]) -> bool:

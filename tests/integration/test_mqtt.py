@@ -17,7 +17,7 @@ from support.linked import Outside, linked, make_config, outside, soon, until
 from support.mosquitto import Mosquitto
 
 from agent import __version__
-from agent.link import intake, mqtt
+from agent.link import intake, mqtt, wishes
 
 
 @pytest.fixture
@@ -29,6 +29,13 @@ def broker(tmp_path: Path) -> Iterator[Mosquitto]:
 @pytest.fixture(params=["5", "3.1.1"])
 def protocol(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def short_settling(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the settling after a connect is not what is tested, it need not take its two seconds."""
+    if "outage" not in request.node.name:
+        monkeypatch.setattr(wishes, "SETTLE", 0.3)
 
 
 # --- status, reported, health ----------------------------------------------------------------------------------------
@@ -623,7 +630,7 @@ async def test_a_broker_that_stays_away_is_an_issue(
 async def test_reconnects_leave_nothing_behind(broker: Mosquitto, tmp_path: Path, protocol: str) -> None:
     async with linked(make_config(tmp_path, broker.port, protocol)) as parts:
         counts = []
-        for _ in range(8):
+        for _ in range(5):
             broker.kill()
             await until(lambda: not parts.link.connected)
             await asyncio.sleep(0.3)  # some refused attempts
@@ -649,23 +656,33 @@ async def test_denied_topics_are_an_issue(tmp_path: Path) -> None:
                 assert (await other.call("ping"))["ok"] is True
 
 
-async def test_a_twin_is_noticed(broker: Mosquitto, tmp_path: Path) -> None:
-    """MQTT 5: the broker says so."""
+async def test_a_twin_is_noticed(broker: Mosquitto, tmp_path: Path, protocol: str) -> None:
+    """They throw each other out, until one has had it three times."""
     async with (
-        linked(make_config(tmp_path / "a", broker.port, backoff_max=30)) as first,
-        linked(make_config(tmp_path / "b", broker.port, backoff_max=30)),
-    ):
-        await until(lambda: "duplicate-identity" in first.issues)
-        assert not first.link.connected
-
-
-async def test_a_twin_is_noticed_on_311(broker: Mosquitto, tmp_path: Path) -> None:
-    """3.1.1: they throw each other out, until one has had it three times."""
-    async with (
-        linked(make_config(tmp_path / "a", broker.port, "3.1.1", backoff_max=30)) as first,
-        linked(make_config(tmp_path / "b", broker.port, "3.1.1", backoff_max=30)) as second,
+        linked(make_config(tmp_path / "a", broker.port, protocol, backoff_max=30)) as first,
+        linked(make_config(tmp_path / "b", broker.port, protocol, backoff_max=30)) as second,
     ):
         await until(lambda: "duplicate-identity" in first.issues or "duplicate-identity" in second.issues)
+
+
+async def test_a_broker_that_says_who_came_is_believed_at_once(tmp_path: Path) -> None:
+    """MQTT 5: DISCONNECT 0x8E. Mosquitto 2.0 never says it."""
+    came = 0
+
+    async def broker(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal came
+        came += 1
+        await reader.read(2)
+        writer.write(bytes.fromhex("2003000000" + "e0028e00"))
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(broker, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    async with server, linked(make_config(tmp_path, port, backoff_max=30), online=False) as parts:
+        await until(lambda: "duplicate-identity" in parts.issues)
+        await asyncio.sleep(0.5)
+        assert came == 1
 
 
 async def test_a_new_name_clears_the_old_one(broker: Mosquitto, tmp_path: Path, protocol: str) -> None:
@@ -686,6 +703,19 @@ async def test_a_stop_is_bounded_when_the_broker_is_frozen(broker: Mosquitto, tm
         began = loop.time()
         await parts.stop()
         assert loop.time() - began < 4.5
+
+
+async def test_stopped_at_any_moment_of_a_connect(broker: Mosquitto, tmp_path: Path, protocol: str) -> None:
+    async with outside(broker.port, protocol) as other:
+        for number in range(12):
+            async with linked(make_config(tmp_path, broker.port, protocol), online=False) as parts:
+                await asyncio.sleep(number * 0.002)
+                loop = asyncio.get_running_loop()
+                began = loop.time()
+                await parts.stop()
+                assert loop.time() - began < 2.5
+            retained = await other.retained("status")
+            assert not retained or json.loads(retained)["state"] == "offline"
 
 
 async def test_stopped_while_nobody_answers(tmp_path: Path) -> None:

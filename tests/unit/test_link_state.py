@@ -222,6 +222,23 @@ def test_what_a_restart_put_in_its_place_is_followed() -> None:
     assert observe(memory, status).state == "applied"
 
 
+def test_one_that_was_given_up_and_yet_came_through_is_in_sync() -> None:
+    memory = ended(started(accept(Memory(), wish()), "t1"), "failed", error={"code": "INTERRUPTED", "message": "cut"})
+    cut = {"last": deployment("t1", "failed", error={"code": "INTERRUPTED", "message": "cut"})}
+    assert observe(memory, cut) == memory
+    running = {"deployment": deployment("t3", None) | {"actor": "resume of t2"}} | cut
+    assert observe(memory, running).state == "applying"
+    status = {"last": deployment("t3", "committed") | {"actor": "resume of t2"}, "committed": {"digest": A}}
+    memory = observe(memory, status)
+    assert in_sync(memory, status)
+    assert memory.override is None
+
+
+def test_a_resumed_local_deployment_is_an_override() -> None:
+    resumed = deployment("t3", "committed", reference="r/b:1", digest=B) | {"actor": "resume of t2"}
+    assert observe(applied(), {"last": resumed, "committed": {"digest": B}}).override is not None
+
+
 def test_a_resumed_deployment_is_recognised_without_its_id() -> None:
     memory = started(accept(Memory(), wish(), last="t0"), None)
     assert find(memory, {"deployment": deployment("t9", None)}) is not None

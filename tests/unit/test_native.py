@@ -115,7 +115,7 @@ def read_or_refused(read: Callable[[], Any], field: str) -> Any:
 
 
 @given(st.binary(max_size=300))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_any_bytes_are_read_or_refused(payload: bytes) -> None:
     document = read_or_refused(lambda: decode(payload, "body"), "body")
     if document is not None:
@@ -123,7 +123,7 @@ def test_any_bytes_are_read_or_refused(payload: bytes) -> None:
 
 
 @given(near_commands)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_any_command_is_read_or_refused(body: dict[str, Any]) -> None:
     payload = json.dumps(body).encode()
     try:
@@ -139,7 +139,7 @@ def test_any_command_is_read_or_refused(body: dict[str, Any]) -> None:
 
 
 @given(near_desired)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_any_desired_document_is_read_or_refused(body: dict[str, Any]) -> None:
     document = read_or_refused(lambda: parse_desired(decode(json.dumps(body).encode(), "desired")), "desired")
     if document is not None:
