@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from agent.commands.unix import check_path
+from agent.commands.path import check_path
 from agent.errors import DeadlineExceeded, Forbidden, SlotdError, Unavailable, revive
 
 MAX_ANSWER = 64 << 20

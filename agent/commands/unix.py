@@ -13,12 +13,10 @@ from pathlib import Path
 
 import structlog
 
-from agent.errors import Conflict, InvalidConfig, StorageError
+from agent.commands.path import check_path
+from agent.errors import Conflict, StorageError
 
 log = structlog.get_logger(__name__)
-
-MAX_PATH = 107
-"""Bytes of a Unix socket's path (sun_path less the final NUL)."""
 
 
 @dataclass(frozen=True)
@@ -39,17 +37,6 @@ def peer_of(fd: int) -> Peer:
 
 def _peer(connection: socket.socket) -> Peer:
     return Peer(*struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)))
-
-
-def check_path(path: Path) -> None:
-    """Raises InvalidConfig if the path is too long for a Unix socket."""
-    length = len(os.fsencode(path))
-    if length > MAX_PATH:
-        raise InvalidConfig(
-            f"the path of a Unix socket may have {MAX_PATH} bytes, this has {length}",
-            field=str(path),
-            hint="choose a shorter run_dir",
-        )
 
 
 def listen(path: Path, *, mode: int = 0o660, group: str | None = None, backlog: int = 64) -> socket.socket:

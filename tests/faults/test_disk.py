@@ -82,7 +82,7 @@ class TestDisk:
         assert done.stdout.endswith("end\n"), done.stdout[-3000:]
 
     def test_a_full_disk(self, tmp_path: Path) -> None:
-        """The reserve pays for the last words; then everything is refused with the old truth in force; then all works."""
+        """The reserve pays for the last words; then all is refused, the old truth in force; then all works again."""
         self.run(
             tmp_path,
             """
