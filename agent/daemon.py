@@ -47,6 +47,8 @@ log = structlog.get_logger(__name__)
 STOP_BOUND = 30.0
 """Seconds after which a stop that has not ended is ended all the same."""
 HEALTH_EVERY = 5.0
+STOPPED = "stopped"
+"""Journal key: when the last slotd stopped answering."""
 
 
 class Tasks:
@@ -180,7 +182,10 @@ class Daemon:
         installer.on_death.append(lambda _seat, _error: recovery.wake(now=False))
         dataplane.on_trouble(recovery.doubt)
         images = ImageSource(config)
-        await images.open()
+        try:
+            await images.open()
+        except SlotdError as error:  # what is unpacked can be served all the same
+            issues.raise_("store", "critical", str(error), error.hint or "deployments fail until the disk is mended")
         deployments = Deployments(
             config,
             config.state_dir,
@@ -202,7 +207,13 @@ class Daemon:
         )
         table = build_table(host)
 
-        await self._load_committed(boot, images, residents, arbiter, issues)
+        arbiter.committed = boot.committed.digest if boot.committed else None
+
+        async def load_committed() -> None:
+            await _load_committed(deployments.boot, images, residents, arbiter, issues)
+
+        recovery.load_committed = load_committed
+        await load_committed()
 
         server = GrpcServer(config.serving, config.run_dir, dataplane)
         admin = AdminServer(config.run_dir / "admin.sock", table, host)
@@ -219,10 +230,13 @@ class Daemon:
             tasks.spawn(link.run(), "link")
             stack.push_async_callback(link.close, 3.0)
 
+        host.restart_gap = await _gap(journal)
+        stack.push_async_callback(_note_stop, journal)
         notify_ready()
         tasks.spawn(Watchdog().run(), "watchdog")
         tasks.spawn(self._sample(host, issues, link), "samples")
         tasks.spawn(recovery.run(), "recovery")
+        tasks.spawn(recovery.self_test(), "self-test")
         log.info("ready", version=__version__, listen=host.listen, host=arbiter.host.value, pid=os.getpid())
         self.ready.set()
         recovery.wake()
@@ -241,26 +255,12 @@ class Daemon:
             )
         return boot
 
-    async def _load_committed(
-        self, boot: BootRecord, images: ImageSource, residents: Residents, arbiter: Arbiter, issues: Issues
-    ) -> None:
-        """The committed model's bridge. A model that cannot be loaded leaves the host dark, not down."""
-        ref = boot.committed
-        if ref is None:
-            return
-        arbiter.committed = ref.digest
-        try:
-            model = await images.model(ref.digest, ref.reference)
-            await residents.admit(model)
-        except SlotdError as error:
-            arbiter.trouble = error
-            issues.raise_("committed-model", "critical", f"{ref.name}: {error}", error.hint or "deploy the model again")
-            log.error("committed_model_unusable", digest=ref.digest, error=str(error))
-
     async def _sample(self, host: SlotHost, issues: Issues, link: Link) -> None:
         """The slot's sensors, and what the state means for the operator."""
         while True:
             host.health = await host.installer.read_health()
+            if not host.installer.lock.locked():
+                host.installer.state = await host.installer.probe()
             state = host.arbiter.host.value
             text = f"{state}: {host.deployments.boot.committed.name if host.deployments.boot.committed else 'no model'}"
             running = host.deployments.running
@@ -286,6 +286,23 @@ class Daemon:
         self.stop_asked.set()
 
 
+async def _load_committed(
+    boot: BootRecord, images: ImageSource, residents: Residents, arbiter: Arbiter, issues: Issues
+) -> None:
+    """The committed model's bridge. A model that cannot be loaded leaves the host dark, not down."""
+    ref = boot.committed
+    if ref is None or ref.digest in residents.models:
+        return
+    try:
+        await residents.admit(await images.model(ref.digest, ref.reference))
+    except SlotdError as error:
+        arbiter.trouble = error
+        issues.raise_("committed-model", "critical", f"{ref.name}: {error}", error.hint or "deploy the model again")
+        log.error("committed_model_unusable", digest=ref.digest, error=str(error))
+    else:
+        issues.clear("committed-model")
+
+
 async def run(config: Config) -> int:
     """One daemon, in the running loop."""
     return await Daemon(config).run()
@@ -299,6 +316,24 @@ def _make_folders(config: Config) -> None:
             raise InvalidConfig(
                 f"{folder} cannot be made: {error.strerror}", field="state_dir / run_dir", hint="choose another folder"
             ) from None
+
+
+async def _gap(journal: Journal) -> float | None:
+    """Seconds since the last slotd of this boot answered; None if that is not known."""
+    stopped = await journal.get(STOPPED)
+    if not isinstance(stopped, dict) or stopped.get("boot_id") != journal.boot_id:
+        return None
+    await journal.put(STOPPED, None)
+    return round(time.clock_gettime(time.CLOCK_BOOTTIME) - float(stopped["at"]), 3)
+
+
+async def _note_stop(journal: Journal) -> None:
+    """The servers close now: the one gap begins."""
+    at = time.clock_gettime(time.CLOCK_BOOTTIME)
+    try:
+        await journal.put(STOPPED, {"boot_id": journal.boot_id, "at": at})
+    except SlotdError as error:
+        log.warning("stop_not_journaled", error=str(error))
 
 
 def _boot_id() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import AsyncIterator, Callable
+from datetime import datetime
 from typing import Any, Protocol
 
 from agent import __version__
@@ -52,7 +53,7 @@ class SlotHost:
         self.link: LinkState | None = None
         self.listen: list[str] = []
         self.health = SlotHealth()
-        self.proven: str | None = None
+        self.restart_gap: float | None = None
         self._started = time.monotonic()
 
     def status(self) -> dict[str, Any]:
@@ -66,6 +67,7 @@ class SlotHost:
             "boot_id": self.boot_id,
             "pid": os.getpid(),
             "uptime_s": round(time.monotonic() - self._started, 1),
+            "restart_gap_s": self.restart_gap,
             "host": arbiter.host.value,
             "reason": trouble.as_dict() if trouble else None,
             "embedded": self.config.embedded,
@@ -109,7 +111,7 @@ class SlotHost:
             "present": state.present,
             "shell": state.shell,
             "accelerator": state.accelerator,
-            "proven": self.proven,
+            "proven": _rfc3339(self.installer.proven_at) if self.arbiter.slot and self.arbiter.slot.trusted else None,
             "proof": proof.as_dict() if proof else None,
             "temperature_c": self.health.temperature_c,
             "power_w": self.health.power_w,
@@ -141,6 +143,10 @@ class SlotHost:
             "p99_ms": None if p99 is None else round(p99 * 1000, 3),
             "capacity_per_s": round(place.capacity, 1) if place else None,
         }
+
+
+def _rfc3339(moment: datetime | None) -> str | None:
+    return moment.isoformat(timespec="seconds").replace("+00:00", "Z") if moment else None
 
 
 def _ref(ref: ModelRef | None) -> dict[str, str] | None:

@@ -291,6 +291,8 @@ class Deployments:
                 else:
                     await self._forget(deployment)
             assert outcome is not None
+            if outcome is not Outcome.UNCHANGED:
+                await self._tidy()
             await self._finish(deployment, outcome, error)
         except asyncio.CancelledError:
             if not self.arbiter.stopping:
@@ -304,6 +306,19 @@ class Deployments:
         self.recovery.wake()
         if following is not None:
             self._start(self._all[following.id])
+
+    async def _tidy(self) -> None:
+        """Frees the disk of what is neither committed nor previous nor wanted."""
+        keep = {ref.digest for ref in (self.boot.committed, self.boot.previous) if ref is not None}
+        keep |= {one.digest for one in (self.running, self.waiting) if one is not None and one.digest is not None}
+        keep |= set(self.residents.models)
+        try:
+            freed = await self.images.collect(keep)
+        except SlotdError as error:
+            log.warning("collect_failed", error=str(error))
+        else:
+            if freed:
+                self.tell("images_collected", {"bytes": freed})
 
     async def _way(self, deployment: Deployment) -> Outcome:
         """The phases, in order. Raises SlotdError where one fails."""

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ class Installer:
         self.seat: Seat | None = None
         self.state = SlotState(present=False)
         self.last_proof: ProofReport | None = None
+        self.proven_at: datetime | None = None
         self.on_death: list[DeathListener] = []
         self._watch: asyncio.Task[None] | None = None
 
@@ -145,7 +147,7 @@ class Installer:
                 code="DEVICE_HUNG",
                 hint="slotd will reset it",
             ) from None
-        report = self.last_proof
+        report, self.proven_at = self.last_proof, datetime.now(UTC)
         if self.seat is not seat or not seat.worker.alive:
             raise ExecutorDied("the slot executor ended during the proof")
         return report

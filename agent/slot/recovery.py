@@ -7,7 +7,7 @@ bridge answers, and the ladder is tried again with back-off, for ever.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import structlog
 
@@ -23,7 +23,14 @@ log = structlog.get_logger(__name__)
 
 HOPELESS = frozenset({"DEVICE_ABSENT", "NO_RUNTIME", "INCOMPATIBLE_BITSTREAM"})
 """What no reset can mend."""
+IDLE_WITHIN = 30.0
+"""Seconds that a repeated proof waits for a moment without requests."""
+STEADY = 60.0
+"""Seconds in the slot after which a loss is a new one, not the same again."""
+QUICK_LOSSES = 3
+"""Losses in a row that are mended at once; after that the back-off applies to them too."""
 Tell = Callable[[str, dict[str, object]], None]
+Load = Callable[[], Awaitable[None]]
 
 
 async def _quiet(phase: Phase) -> None:
@@ -48,8 +55,12 @@ class Recovery:
         self.residents = residents
         self.dataplane = dataplane
         self.tell = tell
+        self.load_committed: Load | None = None
+        """Loads the committed model on the CPU, where a start could not."""
         self.attempts = 0
         self.next_try: float | None = None
+        self._losses = 0
+        self._won = 0.0
         self._wanted = asyncio.Event()
         self._now = asyncio.Event()
 
@@ -83,33 +94,80 @@ class Recovery:
             self._wanted.clear()
             while self.needed():
                 self._now.clear()
+                await self._pause(self._after_losses())
                 try:
                     await self._attempt()
                     failures = 0
                 except SlotdError as error:
                     failures += 1
-                    delay = min(self.config.slot.retry_max, self.config.slot.retry_first * 2 ** (failures - 1))
+                    delay = self._delay(failures)
                     if failures == 1 or failures % 10 == 0:
                         self.tell("slot_lost", {"reason": error.as_dict(), "attempts": failures, "retry_in_s": delay})
                     log.error("slot_recovery_failed", error=str(error), code=error.code, retry_in=delay)
-                    self.next_try = asyncio.get_running_loop().time() + delay
-                    try:
-                        async with asyncio.timeout(delay):
-                            await self._now.wait()
-                    except TimeoutError:
-                        pass
-                    finally:
-                        self.next_try = None
+                    await self._pause(delay)
+
+    def _delay(self, failures: int) -> float:
+        slot = self.config.slot
+        return min(slot.retry_max, slot.retry_first * 2.0 ** min(failures - 1, 30))
+
+    def _after_losses(self) -> float:
+        """How long to wait before a slot that keeps being lost is won back once more."""
+        lately = asyncio.get_running_loop().time() - self._won < STEADY
+        self._losses = self._losses + 1 if lately and self._won else 0
+        return self._delay(self._losses - QUICK_LOSSES) if self._losses > QUICK_LOSSES else 0.0
+
+    async def _pause(self, delay: float) -> None:
+        """`delay` seconds, or until somebody wants it now."""
+        if not delay:
+            return
+        self.next_try = asyncio.get_running_loop().time() + delay
+        try:
+            async with asyncio.timeout(delay):
+                await self._now.wait()
+        except TimeoutError:
+            pass
+        finally:
+            self.next_try = None
 
     async def _attempt(self) -> None:
         async with self.installer.lock:
             if not self.needed():
                 return
-            digest = self.arbiter.committed
-            resident = self.residents.models.get(digest or "")
+            digest = self.arbiter.committed or ""
+            if digest not in self.residents.models and self.load_committed is not None:
+                await self.load_committed()
+            resident = self.residents.models.get(digest)
             if resident is None:
-                raise SlotError("the committed model is not loaded on the CPU yet", code="DEVICE_ABSENT")
+                raise SlotError("the committed model cannot be loaded", hint="deploy it again")
             await self.bring_back(resident)
+            self._won = asyncio.get_running_loop().time()
+
+    async def self_test(self) -> None:
+        """Proves the slot again every `slot.proof_interval`, in a moment without requests; until cancelled."""
+        interval = self.config.slot.proof_interval
+        seed = 0
+        while interval:
+            await asyncio.sleep(interval)
+            seed += 1
+            await self._prove_again(seed)
+
+    async def _prove_again(self, seed: int) -> None:
+        async with self.installer.lock:
+            slot, seat = self.arbiter.slot, self.installer.seat
+            resident = self.residents.models.get(self.arbiter.committed or "")
+            if slot is None or seat is None or not slot.trusted or resident is None or seat.key != slot.key:
+                return
+            loop = asyncio.get_running_loop()
+            until = loop.time() + IDLE_WITHIN
+            while self.dataplane.busy(seat.key) and loop.time() < until:  # noqa: ASYNC110  # idleness has no event
+                await asyncio.sleep(0.01)
+            try:
+                await self.installer.prove(resident, seed=seed)
+            except SlotdError as error:
+                log.error("self_test_failed", error=str(error), code=error.code)
+                if self.arbiter.slot_doubted(seat.key, error):
+                    self.tell("slot_suspect", {"reason": error.as_dict()})
+                    self.wake()
 
     async def bring_back(self, resident: Resident) -> None:
         """The ladder, once; the caller holds the installer's lock. The slot is trusted afterwards.

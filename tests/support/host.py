@@ -19,9 +19,9 @@ from typing import Any
 import grpc
 import numpy as np
 import yaml
-from agent.commands.admin import AdminClient
 from support.tiny import scale_of, write_model
 
+from agent.commands.admin import AdminClient
 from agent.serving.protos import PredictRequest, PredictResponse, TensorProto
 from drivers.simulated import clear, inject
 
@@ -76,6 +76,7 @@ class Host:
         self.process: subprocess.Popen[bytes] | None = None
         self.address = ""
         self.log = folder / "slotd.log"
+        self.hold = folder / "hold"
 
     # --- images -------------------------------------------------------------------------------------------------------
 
@@ -97,8 +98,15 @@ class Host:
 
     # --- life ---------------------------------------------------------------------------------------------------------
 
-    def start(self, *, kill_at: str | None = None, wait: bool = True, frail: bool = False) -> Host:
-        """Starts it; ready when systemd would be told so. `kill_at`: SIGKILLs itself when that phase is journaled."""
+    def start(
+        self, *, kill_at: str | None = None, hold_at: str | None = None, wait: bool = True, frail: bool = False
+    ) -> Host:
+        """Starts it; ready when systemd would be told so.
+
+        `kill_at`: SIGKILLs itself when that phase is journaled; `hold_at`: stays in it until `let_go`.
+        """
+        if hold_at:
+            self.hold.touch()
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "config.yaml"
         path.write_text(yaml.safe_dump(self.config))
@@ -136,6 +144,10 @@ class Host:
                     self.address = tcp[0] if tcp else self.status()["serving"]["listen"][0]
                     return
         raise AssertionError(f"slotd was not ready:\n{self.tail()}")
+
+    def let_go(self) -> None:
+        """Deployments that are held go on."""
+        self.hold.unlink()
 
     def tail(self, count: int = 60) -> str:
         """The end of the log."""

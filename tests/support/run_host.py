@@ -1,7 +1,7 @@
 """Runs the daemon as `slotd run` does.
 
-With a phase as second argument it kills itself when that phase is journaled; with FRAIL=1 in the environment its
-executors end at an input of 13.
+With a phase as second argument it kills itself when that phase is journaled; with HOLD_AT=phase in the environment it
+stays in that phase while the file HOLD_WHILE is there; with FRAIL=1 its executors end at an input of 13.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ from agent.memory import tune_malloc
 
 tune_malloc()
 
-from agent.journal.database import Journal  # noqa: E402
-
 from agent import daemon  # noqa: E402
 from agent.config import read_config  # noqa: E402
 from agent.errors import SlotdError  # noqa: E402
 from agent.executor.client import Launch, launch_model  # noqa: E402
+from agent.journal.database import Journal  # noqa: E402
 from agent.logs import configure  # noqa: E402
 from agent.slot import installer, residents  # noqa: E402
+from agent.slot.arbiter import Phase  # noqa: E402
+from agent.slot.attempt import Deployment  # noqa: E402
+from agent.slot.deployment import Deployments  # noqa: E402
 
 
 def make_frail() -> None:
@@ -38,9 +40,23 @@ def make_frail() -> None:
     installer.launch_model = residents.launch_model = launch
 
 
+def hold(phase: str, file: Path) -> None:
+    """Deployments stay where they are while the file is there."""
+    enter = Deployments._enter
+
+    async def and_wait(self: Deployments, deployment: Deployment, name: Phase) -> None:
+        await enter(self, deployment, name)
+        while name.value == phase and file.exists():
+            await asyncio.sleep(0.01)
+
+    Deployments._enter = and_wait  # type: ignore[method-assign]
+
+
 def main() -> int:
     if os.environ.get("FRAIL"):
         make_frail()
+    if os.environ.get("HOLD_AT"):
+        hold(os.environ["HOLD_AT"], Path(os.environ["HOLD_WHILE"]))
     path, phase = Path(sys.argv[1]), sys.argv[2]
     if phase:
         journaled = Journal.phase
