@@ -13,6 +13,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+# Read at the import, which else leaves a file in the temporary folder, and may call home.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import onnxruntime as ort
 
 from agent.errors import ExecutorError, InvalidInput, InvalidModel

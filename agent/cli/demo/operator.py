@@ -12,6 +12,7 @@ from typing import Any
 
 import aiomqtt
 
+from agent.cli.live import ROLL_BACK
 from agent.errors import DeadlineExceeded, SlotdError, Unavailable, revive
 
 ANSWER = 15.0
@@ -19,7 +20,6 @@ ANSWER = 15.0
 DEPLOYMENT = 120.0
 """Seconds that a deployment may take."""
 _LASTS = 60.0
-_GOOD = ("committed",)
 
 Document = Mapping[str, Any]
 
@@ -66,11 +66,13 @@ class Operator:
                     changed(document)
         except TimeoutError:
             raise DeadlineExceeded(f"the deployment of {image} took more than {DEPLOYMENT:.0f} s") from None
-        if document["outcome"] not in _GOOD:
+        if document["outcome"] != "committed":
             told = document.get("error") or {}
+            phases = [phase["phase"] for phase in document["phases"] if phase["phase"] != ROLL_BACK]
+            at = phases[-1] if phases else "the start"
             why = f"{told['code']}: {told['message']}" if told else "no reason given"
             raise SlotdError(
-                f"the deployment of {image} ended {document['outcome']} at {document['phase']}: {why}",
+                f"the deployment of {image} ended {document['outcome']} at {at}: {why}",
                 hint=told.get("hint"),
             )
         return dict(document)
