@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import structlog
+import uvloop
 
 from agent import __version__
 from agent.commands.admin import AdminServer
@@ -235,12 +236,15 @@ class Daemon:
         notify_ready()
         tasks.spawn(Watchdog().run(), "watchdog")
         tasks.spawn(self._sample(host, issues, link), "samples")
-        tasks.spawn(recovery.run(), "recovery")
-        tasks.spawn(recovery.self_test(), "self-test")
+        for work, name in (
+            (recovery.run(), "recovery"),
+            (recovery.self_test(), "self-test"),
+            (deployments.resume(), "resume"),
+        ):  # they hold the slot, so they end before anything that they need is taken away
+            stack.push_async_callback(_end, tasks.spawn(work, name))
         log.info("ready", version=__version__, listen=host.listen, host=arbiter.host.value, pid=os.getpid())
         self.ready.set()
         recovery.wake()
-        tasks.spawn(deployments.resume(), "resume")
         return tasks
 
     async def _read_boot(self, issues: Issues) -> BootRecord:
@@ -303,9 +307,10 @@ async def _load_committed(
         issues.clear("committed-model")
 
 
-async def run(config: Config) -> int:
-    """One daemon, in the running loop."""
-    return await Daemon(config).run()
+def run(config: Config) -> int:
+    """One daemon in a loop of its own, until it is told to stop; the exit code. Raises what `Daemon.run` does."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(Daemon(config).run())
 
 
 def _make_folders(config: Config) -> None:
@@ -316,6 +321,11 @@ def _make_folders(config: Config) -> None:
             raise InvalidConfig(
                 f"{folder} cannot be made: {error.strerror}", field="state_dir / run_dir", hint="choose another folder"
             ) from None
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.wait((task,))
 
 
 async def _gap(journal: Journal) -> float | None:

@@ -26,8 +26,6 @@ def run(config: ConfigOption = None, embedded: EmbeddedOption = False) -> None:
     from agent.memory import tune_malloc
 
     tune_malloc()  # before anything large is imported
-    import asyncio
-
     from agent.cli.connect import load_config
     from agent.logs import configure
 
@@ -35,7 +33,7 @@ def run(config: ConfigOption = None, embedded: EmbeddedOption = False) -> None:
     configure(found.log)
     from agent import daemon
 
-    raise typer.Exit(asyncio.run(daemon.run(found)))
+    raise typer.Exit(daemon.run(found))
 
 
 @app.command(rich_help_panel=HOST)

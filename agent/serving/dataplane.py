@@ -17,7 +17,7 @@ from typing import Protocol
 import structlog
 
 from agent.config import ServingConfig
-from agent.errors import DeadlineExceeded, ExecutorDied, InvalidInput, NotFound, SlotdError, Unavailable
+from agent.errors import DeadlineExceeded, ExecutorDied, InvalidInput, NotFound, Poison, SlotdError, Unavailable
 from agent.executor.client import Call, Reply
 from agent.executor.seat import Prepared, Seat
 from agent.model.signature import Tensor
@@ -281,7 +281,8 @@ class Dataplane:
                 self.counters.retried += 1
                 served, reply = await self.retrier.retry(seat, inputs, prepared, deadline)
         except SlotdError as error:
-            if error.grpc == "INTERNAL":
+            # What one request did speaks against that request alone.
+            if error.grpc == "INTERNAL" and not isinstance(error, Poison):
                 self._trouble("internal", seat, error)
             raise
         finally:

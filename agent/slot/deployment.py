@@ -418,8 +418,6 @@ class Deployments:
         await asyncio.to_thread(write_boot, self.state_dir, record)
         self.boot = record
         self.arbiter.commit(deployment.turn)
-        if model is not None:
-            await self.journal.clear_attempts(model.digest)
         if old is not None and (ref is None or old.digest != ref.digest):
             await self.residents.dismiss(old.digest)
 
@@ -452,8 +450,6 @@ class Deployments:
                 deployment.notes["roll_back"] = second.as_dict()
                 log.error("roll_back_failed", deployment=deployment.id, error=str(second))
         await self._forget(deployment)
-        if deployment.digest is not None:
-            await self.journal.clear_attempts(deployment.digest)
         return self.arbiter.restored(deployment.turn, error, in_slot=in_slot)
 
     # --- around it ----------------------------------------------------------------------------------------------------
@@ -479,6 +475,8 @@ class Deployments:
         deployment.seconds = time.monotonic() - deployment.began
         deployment.host = self.arbiter.host.value
         self.last = deployment.as_dict()
+        if "attempt" in deployment.notes and deployment.digest is not None:
+            await self.journal.clear_attempts(deployment.digest)  # it ended in order, however it ended
         await self.journal.end(
             deployment.id, outcome.value, error.as_dict() if error else None, deployment.digest, document=self.last
         )

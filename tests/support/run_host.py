@@ -70,7 +70,7 @@ def main() -> int:
     try:
         config = read_config(path)
         configure(config.log)
-        return asyncio.run(daemon.run(config))
+        return daemon.run(config)
     except SlotdError as error:
         print(f"error: {error}\nhint: {error.hint}", file=sys.stderr)
         return error.exit
