@@ -39,7 +39,7 @@ class Cancel(Arguments):
     """Which one."""
 
     task: Task | None = None
-    """The deployment's id; default: the one in hand."""
+    """The deployment's id; default: the one that waits, else the one that runs."""
 
 
 class OneTask(Arguments):

@@ -25,7 +25,7 @@ class Host(Protocol):
         """Calls off the deployment in hand, or deploys the previous model: `task`."""
 
     async def cancel(self, task: str | None, actor: Actor) -> dict[str, Any]:
-        """Calls off a deployment, None for the one in hand: `task`."""
+        """Calls off a deployment, None for the one that waits, else the one that runs: `task`."""
 
     async def task(self, task: str) -> dict[str, Any]:
         """The document of a deployment. Raises NotFound."""
