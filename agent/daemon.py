@@ -26,7 +26,7 @@ from agent.errors import InvalidConfig, SlotdError
 from agent.health.issues import Issues
 from agent.host import SlotHost
 from agent.images.source import ImageSource
-from agent.journal.boot import BootRecord, read_boot
+from agent.journal.boot import BootRecord, read_boot, write_boot
 from agent.journal.database import Journal
 from agent.journal.lock import take_lock
 from agent.journal.outbox import Outbox
@@ -154,8 +154,10 @@ class Daemon:
         boot = await self._read_boot(issues)
         journal = await Journal.open(config.state_dir, self.boot_id)
         stack.push_async_callback(journal.close)
-        for reason in filter(None, (journal.put_aside, journal.degraded)):
-            issues.raise_("journal", "warning", str(reason), "events and history may be missing; the host serves")
+        if journal.put_aside is not None:
+            issues.raise_(
+                "journal-lost", "warning", str(journal.put_aside), "history before this start is in that file"
+            )
         outbox = Outbox(journal, max_events=config.link.outbox_events)
         teller = Teller(outbox)
         tasks = Tasks()
@@ -235,7 +237,7 @@ class Daemon:
         stack.push_async_callback(_note_stop, journal)
         notify_ready()
         tasks.spawn(Watchdog().run(), "watchdog")
-        tasks.spawn(self._sample(host, issues, link), "samples")
+        tasks.spawn(self._sample(host, issues, link, journal), "samples")
         for work, name in (
             (recovery.run(), "recovery"),
             (recovery.self_test(), "self-test"),
@@ -254,12 +256,14 @@ class Daemon:
             issues.raise_("boot-record", "critical", str(error), error.hint or "deploy the model again")
             return BootRecord(0, None, None)
         if boot.repaired:
-            issues.raise_(
-                "boot-record", "warning", "boot.json was damaged; its last good copy is used", "check the disk"
-            )
+            issues.raise_("boot-record", "warning", f"{boot.repaired}; its last good copy is used", "check the disk")
+            try:
+                await asyncio.to_thread(write_boot, self.config.state_dir, boot)
+            except SlotdError as error:
+                log.error("boot_record_not_repaired", error=str(error))
         return boot
 
-    async def _sample(self, host: SlotHost, issues: Issues, link: Link) -> None:
+    async def _sample(self, host: SlotHost, issues: Issues, link: Link, journal: Journal) -> None:
         """The slot's sensors, and what the state means for the operator."""
         while True:
             host.health = await host.installer.read_health()
@@ -269,6 +273,10 @@ class Daemon:
             text = f"{state}: {host.deployments.boot.committed.name if host.deployments.boot.committed else 'no model'}"
             running = host.deployments.running
             notify_status(f"{text}, {running.phase} {running.name or ''}" if running else text)
+            if journal.degraded:
+                issues.raise_("journal", "error", journal.degraded, "mend the disk; the host serves, deployments fail")
+            else:
+                issues.clear("journal")
             if host.health.tripped:
                 issues.raise_(
                     "slot-temperature", "critical", "the slot is too hot and has tripped", "check the cooling"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import structlog
 
 from agent.config import Config
-from agent.errors import Cancelled, CommandRefused, Interrupted, NotFound, Refused, SlotdError
+from agent.errors import Cancelled, CommandRefused, Interrupted, NotFound, Refused, SlotdError, StorageError
 from agent.journal.boot import BootRecord, ModelRef, write_boot
 from agent.journal.database import Journal
 from agent.model.spec import Model
@@ -329,6 +329,7 @@ class Deployments:
             return Outcome.UNCHANGED
         wish = deployment.wish
         await self._enter(deployment, Phase.PREFLIGHT)
+        await self.installer.check(model)
         committed = self.residents.models.get(self.arbiter.committed or "")
         resident = await preflight(
             self.config, self.installer.driver, self.residents, self.dataplane, deployment, wish, model, committed
@@ -435,7 +436,7 @@ class Deployments:
         """The committed model comes back into the slot and is proven again; if it can't, the bridge stays."""
         self.tell("rolling_back", {"id": deployment.id, "reason": error.as_dict()})
         deployment.entered("roll_back")
-        await self.journal.phase(deployment.id, "roll_back")
+        await self._noted(self.journal.phase(deployment.id, "roll_back"))
         self.dataplane.changed()
         in_slot = False
         async with self.installer.lock:
@@ -476,16 +477,23 @@ class Deployments:
         deployment.host = self.arbiter.host.value
         self.last = deployment.as_dict()
         if "attempt" in deployment.notes and deployment.digest is not None:
-            await self.journal.clear_attempts(deployment.digest)  # it ended in order, however it ended
-        await self.journal.end(
-            deployment.id, outcome.value, error.as_dict() if error else None, deployment.digest, document=self.last
-        )
+            # It ended in order, however it ended.
+            await self._noted(self.journal.clear_attempts(deployment.digest))
+        reason = error.as_dict() if error else None
+        await self._noted(self.journal.end(deployment.id, outcome.value, reason, deployment.digest, document=self.last))
         log.info("deployment_ended", deployment=deployment.id, outcome=outcome.value, seconds=deployment.seconds)
         self.tell("deployment_ended", self.last)
         deployment.done.set()
         self._changed()
         for old in [known for known, one in self._all.items() if one.done.is_set()][:-KEEP_ENDED]:
             del self._all[old]
+
+    async def _noted(self, record: Awaitable[object]) -> None:
+        """History that cannot be written must not keep a deployment from its end; the journal reports the disk."""
+        try:
+            await record
+        except StorageError as error:
+            log.error("not_journaled", error=str(error))
 
     async def _forget(self, deployment: Deployment) -> None:
         """The executors of a model that did not make it."""

@@ -13,7 +13,7 @@ from typing import Any
 import structlog
 
 from agent.config import Config
-from agent.errors import ExecutorDied, ProofFailed, SlotdError, SlotError
+from agent.errors import ExecutorDied, ProofFailed, Refused, SlotdError, SlotError
 from agent.executor.client import Worker, launch_model
 from agent.executor.programmer import run_programmer
 from agent.executor.seat import Seat
@@ -32,6 +32,8 @@ Enter = Callable[[Phase], Awaitable[None]]
 DeathListener = Callable[[Seat, SlotdError], None]
 SLOT_RECORD = "slot"
 """Journal key of what this boot has programmed: boot id, bitstream hash, accelerator id."""
+UNFIT = ("INCOMPATIBLE_BITSTREAM", "WRONG_ACCELERATOR")
+"""What a driver's check says of a bitstream that this slot can never take."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,19 @@ class Installer:
         self.proven_at: datetime | None = None
         self.on_death: list[DeathListener] = []
         self._watch: asyncio.Task[None] | None = None
+
+    async def check(self, model: Model) -> None:
+        """Whether the driver takes the model's bitstream; the slot is not touched. Raises Refused, SlotError."""
+        section = model.spec.slot
+        if section is None:
+            return
+        wanted = await asyncio.to_thread(wanted_of, model)
+        try:
+            await self._programmer("check", model.folder / section.bitstream, wanted)
+        except SlotError as error:
+            if error.code not in UNFIT:
+                raise
+            raise Refused(error.message, code=error.code, field="model.yaml: slot.bitstream", hint=error.hint) from None
 
     async def install(self, resident: Resident, enter: Enter, *, force: bool = False) -> Proven:
         """Release, program, load, prove; `enter` hears of each phase before it starts and may raise.

@@ -44,7 +44,7 @@ def test_killed_in_each_phase(prepared: Path, tmp_path: Path, phase: Phase) -> N
     host.start()
     try:
         np.testing.assert_allclose(host.predict(X)[0], X * 2 + 1, rtol=1e-6)
-        cut_off = host.call("task", task=task)
+        cut_off = host.ended(task)
         assert cut_off["outcome"] == "failed", cut_off
         assert cut_off["error"]["code"] == "INTERRUPTED"
         assert phase.value in cut_off["error"]["message"]
