@@ -35,6 +35,7 @@ REPORT_EVERY = 0.2
 LOCK_WAIT = 30.0  # a puller of an agent that was just killed may still be ending
 MEMORY = 512 << 20
 FILES = 256
+AGAIN = "the image is damaged or was not made for slotd: pack it again, and copy or push it anew"
 _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 4, 38
 _IOPRIO_SET = {"x86_64": 251, "aarch64": 30, "riscv64": 30, "armv7l": 314}
 _IOPRIO_LOWEST = 2 << 13 | 7  # best effort, last: "idle" could starve for ever beside a busy process
@@ -181,8 +182,24 @@ class Work:
                     continue  # our own copy is damaged: fetch it again
                 listed = [entry.media_type for entry in layout.entries() if entry.digest == digest]
                 return data, listed[0] if listed else _own_type(data)
+        if self._job.verb == "resolve":
+            self._require_same(digest)
         data, media_type, _ = self._registry.manifest(digest)
         return data, media_type
+
+    def _require_same(self, digest: str) -> None:
+        """Raises InvalidImage if a layout has the image that was named, but not with the digest that it must have."""
+        reference = self._job.reference
+        if reference.host is not None:
+            return
+        for layout in self._layouts:
+            entry = layout.find(reference.titles) if reference.title else None
+            if entry is not None and entry.digest != digest:
+                raise InvalidImage(
+                    f"{reference} is {entry.digest}, not {digest}",
+                    field="digest",
+                    hint="the tag names another image by now: pin the digest that is meant, or none",
+                )
 
     # --- pull --------------------------------------------------------------------------------------------------------
 
@@ -363,9 +380,11 @@ def main() -> int:
         restrain(job.limits.size)
         _tell({"result": Work(job, _tell).run()})
     except SlotdError as error:
+        if isinstance(error, InvalidImage):
+            error.hint = error.hint or AGAIN
         _tell({"error": error.as_dict()})
     except MemoryError:
-        _tell({"error": InvalidImage(f"unpacking needs more than {MEMORY >> 20} MiB of memory").as_dict()})
+        _tell({"error": InvalidImage(f"unpacking needs more than {MEMORY >> 20} MiB of memory", hint=AGAIN).as_dict()})
     except OSError as error:
         _tell({"error": storage_error(error, "the store cannot be written").as_dict()})
     except Exception as error:

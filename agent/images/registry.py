@@ -326,7 +326,9 @@ def _transport(shown: str) -> Iterator[None]:
                 "does not speak TLS", field=shown, hint="add its host:port to images.insecure_registries"
             ) from None
         reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else type(error).__name__
-        raise RegistryError(f"cannot be reached: {reason}", field=shown) from None
+        raise RegistryError(
+            f"cannot be reached: {reason}", field=shown, hint="check the registry and the network, then deploy again"
+        ) from None
     except httpx.InvalidURL:
         raise RegistryRefused("its address is not valid", field=shown) from None
 

@@ -18,6 +18,7 @@ SCHEMA: Literal["slotd/v1"] = "slotd/v1"
 MAX_YAML_BYTES = 256 * 1024
 MAX_TENSORS = 32
 MAX_RANK = 8
+_AGAIN = "correct model.yaml and pack the image again"
 
 
 def _inside(path: str) -> str:
@@ -244,7 +245,8 @@ def explain(error: ValidationError) -> tuple[str, str]:
     first = error.errors()[0]
     field = ".".join(str(part) for part in first["loc"] if part not in ("image", "onnx"))
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    return field, first["msg"].removeprefix("Value error, ") + more
+    message = "there is no such field" if first["type"] == "extra_forbidden" else first["msg"]
+    return field, message.removeprefix("Value error, ") + more
 
 
 def read_spec(folder: Path) -> ModelSpec:
@@ -268,18 +270,18 @@ def read_spec(folder: Path) -> ModelSpec:
 
 def _written(path: Path) -> ModelSpec:
     if path.stat().st_size > MAX_YAML_BYTES:
-        raise InvalidModel(f"is larger than {MAX_YAML_BYTES} bytes", field="model.yaml")
+        raise InvalidModel(f"is larger than {MAX_YAML_BYTES} bytes", field="model.yaml", hint=_AGAIN)
     try:
         document = parse_yaml(path.read_bytes())
     except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
-        raise InvalidModel(f"is not YAML: {' '.join(str(error).split())}", field="model.yaml") from None
+        raise InvalidModel(f"is not YAML: {' '.join(str(error).split())}", field="model.yaml", hint=_AGAIN) from None
     if not isinstance(document, dict):
-        raise InvalidModel("must be a mapping", field="model.yaml")
+        raise InvalidModel("must be a mapping", field="model.yaml", hint=_AGAIN)
     try:
         return ModelSpec.model_validate(document)
     except ValidationError as error:
         field, message = explain(error)
-        raise InvalidModel(message, field=f"model.yaml: {field}" if field else "model.yaml") from None
+        raise InvalidModel(message, field=f"model.yaml: {field}" if field else "model.yaml", hint=_AGAIN) from None
 
 
 def _bare(folder: Path) -> ModelSpec:

@@ -123,7 +123,7 @@ def test_array_layouts(folder: Path, order: str) -> None:
         (b"\xff\xfe", "", "JSON"),
         ([], "", "dictionary"),
         (" " * (golden.MAX_JSON + 1), "", "larger"),
-        (document(colour="red"), "colour", "not permitted"),
+        (document(colour="red"), "colour", "no such field"),
         (document(inputs__x=None), "inputs", "'x' is missing"),
         (document(inputs__z={"values": [1]}), "inputs.z", "no such input"),
         (document(outputs__z={"values": [1]}), "outputs.z", "no such output"),
