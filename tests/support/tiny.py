@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ import numpy as np
 import onnx
 import yaml
 from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
 
 from drivers.simulated import write_bitstream
 
 INTERFACE = "9926ab6d6c925a68aabca7d84c545738"
 WIDTH = 4
+SIDE = 8
 
 
 def accelerator_of(name: str) -> str:
@@ -103,6 +106,87 @@ def huge() -> onnx.ModelProto:
         [numpy_helper.from_array(np.array([8 << 30], np.int64), "size")],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+
+
+def on_signal(hostile: onnx.ModelProto, *, above: float = 100.0) -> onnx.ModelProto:
+    """y = x, but `hostile` for an x with an element above a threshold: what loads and measures well, and then bites."""
+    same = helper.make_graph(
+        [helper.make_node("Identity", ["x"], ["same"])],
+        "same",
+        [],
+        [helper.make_tensor_value_info("same", TensorProto.FLOAT, [None, WIDTH])],
+    )
+    bite = onnx.GraphProto()
+    bite.CopyFrom(hostile.graph)
+    bite.ClearField("input")  # the outer graph's x
+    bite.output[0].name = "bitten"  # a branch may not use the outer graph's names for its own
+    for node in bite.node:
+        node.output[:] = ["bitten" if name == "y" else name for name in node.output]
+    graph = helper.make_graph(
+        [
+            helper.make_node("ReduceMax", ["x"], ["largest"], keepdims=0),
+            helper.make_node("Greater", ["largest", "threshold"], ["signal"]),
+            helper.make_node("If", ["signal"], ["y"], then_branch=bite, else_branch=same),
+        ],
+        "on_signal",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, WIDTH])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None, WIDTH])],
+        [numpy_helper.from_array(np.float32(above), "threshold")],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+
+
+def mean_of_picture(scale: float) -> onnx.ModelProto:
+    """y[n, 1] = scale * the mean of picture n over pixels and channels, after the image stage of `write_pictures`."""
+    graph = helper.make_graph(
+        [
+            helper.make_node("ReduceMean", ["images"], ["mean"], axes=[1, 2, 3], keepdims=0),
+            helper.make_node("Mul", ["mean", "scale"], ["scaled"]),
+            helper.make_node("Unsqueeze", ["scaled", "last"], ["y"]),
+        ],
+        "mean_of_picture",
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, [None, SIDE, SIDE, 3])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None, 1])],
+        [numpy_helper.from_array(np.float32(scale), "scale"), numpy_helper.from_array(np.array([1], np.int64), "last")],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+
+
+def plain_picture(level: int, side: int = 12) -> bytes:
+    """A PNG of one grey."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (side, side), (level, level, level)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_pictures(folder: Path, *, name: str = "pictures", version: str = "1", scale: float = 1.0) -> Path:
+    """A model folder whose pipeline begins with an image stage: PNG or JPEG bytes in, their mean level out."""
+    folder.mkdir(parents=True, exist_ok=True)
+    onnx.save(mean_of_picture(scale), folder / "slot.onnx")
+    golden = []
+    for number, level in enumerate((20, 90, 230)):
+        (folder / f"x{number}.png").write_bytes(plain_picture(level))
+        case = {
+            "inputs": {"pictures": {"files": [f"x{number}.png"]}},
+            "outputs": {"y": {"values": [[scale * level]]}},
+            "tolerance": {"cpu": 1e-3, "slot": 1e-2},
+        }
+        (folder / f"case{number}.json").write_text(json.dumps(case))
+        golden.append(f"case{number}.json")
+    document = {
+        "schema": "slotd/v1",
+        "name": name,
+        "version": version,
+        "inputs": {"pictures": {"dtype": "string", "shape": [-1]}},
+        "outputs": {"y": {"dtype": "float32", "shape": [-1, 1]}},
+        "pipeline": [
+            {"stage": "image", "from": "pictures", "to": "images", "resize": {"exact": [SIDE, SIDE]}},
+            {"stage": "onnx", "file": "slot.onnx", "on": "slot"},
+        ],
+        "golden": golden,
+    }
+    (folder / "model.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
+    return folder
 
 
 def write_model(
