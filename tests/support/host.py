@@ -77,6 +77,8 @@ class Host:
         self.address = ""
         self.log = folder / "slotd.log"
         self.hold = folder / "hold"
+        self.told: list[tuple[float, str]] = []
+        """What systemd was told, and when (monotonic)."""
 
     # --- images -------------------------------------------------------------------------------------------------------
 
@@ -99,7 +101,13 @@ class Host:
     # --- life ---------------------------------------------------------------------------------------------------------
 
     def start(
-        self, *, kill_at: str | None = None, hold_at: str | None = None, wait: bool = True, frail: bool = False
+        self,
+        *,
+        kill_at: str | None = None,
+        hold_at: str | None = None,
+        wait: bool = True,
+        frail: bool = False,
+        **environment: str,
     ) -> Host:
         """Starts it; ready when systemd would be told so.
 
@@ -112,9 +120,11 @@ class Host:
         path.write_text(yaml.safe_dump(self.config))
         notify = self.folder / "notify.sock"
         notify.unlink(missing_ok=True)
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener, self.log.open("ab") as log:
-            listener.bind(str(notify))
-            listener.settimeout(60)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        listener.bind(str(notify))
+        listener.settimeout(0.2)
+        self.told = []
+        with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, str(RUNNER), str(path), kill_at or ""],
                 env={
@@ -122,27 +132,42 @@ class Host:
                     "NOTIFY_SOCKET": str(notify),
                     "PYTHONUNBUFFERED": "1",
                     "FRAIL": "1" if frail else "",
+                    "HOLD_AT": hold_at or "",
+                    "HOLD_WHILE": str(self.hold),
+                    **environment,
                 },
                 stdout=log,
                 stderr=log,
                 stdin=subprocess.DEVNULL,
             )
-            if wait:
-                self._await_ready(listener)
+        threading.Thread(target=self._hear, args=(listener, self.process, self.told), daemon=True).start()
+        if wait:
+            self.await_ready()
         return self
 
-    def _await_ready(self, listener: socket.socket) -> None:
+    @staticmethod
+    def _hear(listener: socket.socket, process: subprocess.Popen[bytes], told: list[tuple[float, str]]) -> None:
+        with listener:
+            while True:
+                over = process.poll() is not None
+                try:
+                    told.append((time.monotonic(), listener.recv(4096).decode()))
+                except TimeoutError:
+                    if over:
+                        return
+
+    def await_ready(self, *, timeout: float = 60) -> None:
+        """Until systemd was told that it is ready."""
         assert self.process is not None
-        until = time.monotonic() + 60
-        listener.settimeout(0.2)
+        until = time.monotonic() + timeout
         while time.monotonic() < until:
+            if any("READY=1" in text.splitlines() for _, text in self.told):
+                tcp = [one for one in self.status()["serving"]["listen"] if not one.startswith("unix")]
+                self.address = tcp[0] if tcp else self.status()["serving"]["listen"][0]
+                return
             if self.process.poll() is not None:
                 raise AssertionError(f"slotd ended with {self.process.returncode}:\n{self.tail()}")
-            with contextlib.suppress(TimeoutError):
-                if b"READY=1" in listener.recv(4096):
-                    tcp = [one for one in self.status()["serving"]["listen"] if not one.startswith("unix")]
-                    self.address = tcp[0] if tcp else self.status()["serving"]["listen"][0]
-                    return
+            time.sleep(0.005)
         raise AssertionError(f"slotd was not ready:\n{self.tail()}")
 
     def let_go(self) -> None:
