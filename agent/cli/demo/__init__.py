@@ -25,7 +25,7 @@ def demo(
     ] = None,
     seconds_each: Annotated[
         float, typer.Option(help="Seconds of load between two swaps.", min=0.5, max=3600, metavar="S")
-    ] = 3.0,
+    ] = 2.0,
     clients: Annotated[int, typer.Option(help="Clients that keep asking.", min=1, max=64)] = 8,
     as_json: JsonOption = False,
     requests: Annotated[

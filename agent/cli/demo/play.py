@@ -32,6 +32,7 @@ from agent.slot.arbiter import Phase
 
 T = TypeVar("T")
 _PREDICT = 60.0
+_CAUSE = 0.5
 _LOAD = 300.0
 _PHASES = [phase.value for phase in Phase]
 
@@ -43,7 +44,7 @@ class Options:
     keep: bool = False
     image: Path | None = None
     folder: Path | None = None
-    seconds_each: float = 3.0
+    seconds_each: float = 2.0
     clients: int = 8
     requests: int = 2000
     swaps: int = 4
@@ -105,14 +106,17 @@ class Demo:
                 await self._put_away(folder, host)
 
     async def _put_away(self, folder: Path, host: Embedded) -> None:
-        if host.started:
-            with self.steps.step("Stop slotd") as step:
-                code = await host.stop()
-                step.detail = "in order" if code == 0 else Text(f"it ended with {code}", "red")
-            if code != 0 and self.result is not None:
-                self.result.problems.append(f"slotd ended with {code}")
-        if self.options.folder is None:
-            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+        try:
+            if host.started:
+                with self.steps.step("Stop slotd") as step:
+                    code = await host.stop()
+                    step.detail = "in order" if code == 0 else Text(f"it ended with {code}", "red")
+                if code != 0 and self.result is not None:
+                    self.result.problems.append(f"slotd ended with {code}")
+        finally:  # also when the terminal is gone and nothing can be printed
+            await host.stop()
+            if self.options.folder is None:
+                await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
 
     def _show_tail(self, text: str) -> None:
         if text:
@@ -254,11 +258,13 @@ async def _predict(address: str, picture: Path) -> dict[str, Any]:
 
 
 async def _beside(work: Coroutine[Any, Any, T], guard: Awaitable[None]) -> T:
-    """The work's result, unless the guard, which should never end, raises first."""
+    """The work's result, unless the guard, which should never end, raises first, or just after the work failed."""
     working, guarding = asyncio.ensure_future(work), asyncio.ensure_future(guard)
     try:
         await asyncio.wait((working, guarding), return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
+        if working.done() and not working.cancelled() and working.exception() is not None:
+            await asyncio.wait((guarding,), timeout=_CAUSE)  # it may know why
+        if guarding.done():
             await guarding
         return await working
     finally:
