@@ -134,7 +134,8 @@ async def test_our_own_puller_takes_it(tmp_path: Path) -> None:
     assert largest_weight(unpacked / "matrix.onnx") == 0 < largest_weight(folder / "matrix.onnx")
     x = np.random.default_rng(3).standard_normal((2, 600)).astype(np.float32)
     results = [open_session(where / "matrix.onnx", threads=1).compute({"x": x})["y"] for where in (folder, unpacked)]
-    np.testing.assert_array_equal(*results)
+    # Weights beside a graph are not packed anew for the CPU, so sums are made in another order.
+    np.testing.assert_allclose(*results, atol=1e-3)
 
 
 def test_external_data_can_be_left_off(tmp_path: Path) -> None:
