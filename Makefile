@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help venv tools lint format test test-long test-tensorflow demo protos bench clean
+.PHONY: help venv tools lint format test test-long test-tensorflow demo protos clean
 
 help: ## Print this
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-24s %s\n", $$1, $$2}'
@@ -72,9 +72,6 @@ test-tensorflow: venv $(VENV_TENSORFLOW)/.installed ## Preprocessing against rea
 
 demo: $(VENV_DEMO)/.installed ## Two real models, swapped under load, on this machine alone
 	@$(VENV_DEMO)/bin/slotd demo
-
-bench: venv ## Measurements; nothing passes or fails
-	$(PYTEST) -q -s tests/bench
 
 protos: venv ## Compile the .proto files
 	cd agent/serving/protos && $(CURDIR)/$(VENV)/bin/python -m grpc_tools.protoc -I. --include_imports \
