@@ -130,16 +130,21 @@ class Daemon:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled)
+        asked = asyncio.create_task(self.stop_asked.wait(), name="stop-asked")
+        fault: BaseException | None = None
         async with AsyncExitStack() as stack:
-            tasks = await self._start(stack)
-            asked = asyncio.create_task(self.stop_asked.wait(), name="stop-asked")
-            await asyncio.wait((asked, tasks.failed), return_when=asyncio.FIRST_COMPLETED)
+            start = asyncio.create_task(self._start(stack), name="start")
+            await asyncio.wait((start, asked), return_when=asyncio.FIRST_COMPLETED)
+            if start.done():
+                failed = start.result().failed
+                await asyncio.wait((asked, failed), return_when=asyncio.FIRST_COMPLETED)
+                fault = failed.exception() if failed.done() else None
             asked.cancel()
-            fault = tasks.failed.exception() if tasks.failed.done() else None
             notify_stopping()
-            log.info("stopping", fault=str(fault) if fault else None)
+            log.info("stopping", fault=str(fault) if fault else None, ready=self.ready.is_set())
             bound = loop.call_later(STOP_BOUND, _too_long)
-            stack.callback(bound.cancel)
+            await _end(start)  # only what it has come to is taken down again
+        bound.cancel()
         log.info("stopped")
         return 0 if fault is None else 70
 
@@ -222,10 +227,10 @@ class Daemon:
         admin = AdminServer(config.run_dir / "admin.sock", table, host)
         host.listen = await server.start()
         stack.push_async_callback(server.stop, config.serving.grace)
+        stack.push_async_callback(self._note_stop, journal)
         await admin.start()
         stack.push_async_callback(admin.close)
         stack.push_async_callback(deployments.stop)
-        stack.push_async_callback(server.lame_duck)
         link = Link(config, table, host, journal, outbox, issues, self.boot_id)
         arbiter.on_change = _both(dataplane.changed, link.changed)
         if config.link.enabled:
@@ -234,7 +239,6 @@ class Daemon:
             stack.push_async_callback(link.close, 3.0)
 
         host.restart_gap = await _gap(journal)
-        stack.push_async_callback(_note_stop, journal)
         notify_ready()
         tasks.spawn(Watchdog().run(), "watchdog")
         tasks.spawn(self._sample(host, issues, link, journal), "samples")
@@ -244,10 +248,21 @@ class Daemon:
             (deployments.resume(), "resume"),
         ):  # they hold the slot, so they end before anything that they need is taken away
             stack.push_async_callback(_end, tasks.spawn(work, name))
+        stack.push_async_callback(server.lame_duck)  # first of all: nobody is sent here any more
         log.info("ready", version=__version__, listen=host.listen, host=arbiter.host.value, pid=os.getpid())
         self.ready.set()
         recovery.wake()
         return tasks
+
+    async def _note_stop(self, journal: Journal) -> None:
+        """The servers close now: the one gap begins, unless this start has not ended it."""
+        if not self.ready.is_set():
+            return
+        at = time.clock_gettime(time.CLOCK_BOOTTIME)
+        try:
+            await journal.put(STOPPED, {"boot_id": self.boot_id, "at": at})
+        except SlotdError as error:
+            log.warning("stop_not_journaled", error=str(error))
 
     async def _read_boot(self, issues: Issues) -> BootRecord:
         try:
@@ -294,7 +309,7 @@ class Daemon:
     def _signalled(self) -> None:
         if self.stop_asked.is_set():
             log.error("second_signal", hint="ending at once")
-            _too_long()
+            os._exit(75)
         self.stop_asked.set()
 
 
@@ -331,7 +346,7 @@ def _make_folders(config: Config) -> None:
             ) from None
 
 
-async def _end(task: asyncio.Task[None]) -> None:
+async def _end(task: asyncio.Task[Any]) -> None:
     task.cancel()
     await asyncio.wait((task,))
 
@@ -343,15 +358,6 @@ async def _gap(journal: Journal) -> float | None:
         return None
     await journal.put(STOPPED, None)
     return round(time.clock_gettime(time.CLOCK_BOOTTIME) - float(stopped["at"]), 3)
-
-
-async def _note_stop(journal: Journal) -> None:
-    """The servers close now: the one gap begins."""
-    at = time.clock_gettime(time.CLOCK_BOOTTIME)
-    try:
-        await journal.put(STOPPED, {"boot_id": journal.boot_id, "at": at})
-    except SlotdError as error:
-        log.warning("stop_not_journaled", error=str(error))
 
 
 def _boot_id() -> str:
