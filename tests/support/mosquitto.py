@@ -86,6 +86,11 @@ class Mosquitto:
             self._process.wait(10)
             self._process = None
 
+    def pause(self) -> None:
+        """It hangs: connections stand, and nothing is answered."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGSTOP)
+
     def log(self) -> str:
         """What the broker told."""
         path = self.folder / "mosquitto.log"

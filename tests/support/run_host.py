@@ -1,7 +1,8 @@
 """Runs the daemon as `slotd run` does.
 
 With a phase as second argument it kills itself when that phase is journaled; with HOLD_AT=phase in the environment it
-stays in that phase while the file HOLD_WHILE is there; with FRAIL=1 its executors end at an input of 13.
+stays in that phase while the file HOLD_WHILE is there; with FRAIL=1 its executors end at an input of 13; with FAIL_WHEN
+a background task fails as soon as that file is there; STOP_BOUND sets how many seconds a stop may take.
 """
 
 from __future__ import annotations
@@ -52,11 +53,26 @@ def hold(phase: str, file: Path) -> None:
     Deployments._enter = and_wait  # type: ignore[method-assign]
 
 
+def fail_when(file: Path) -> None:
+    """The task that reads the sensors meets a bug."""
+
+    async def fail(*_: object) -> None:
+        while not file.exists():
+            await asyncio.sleep(0.02)
+        raise RuntimeError("an injected bug")
+
+    daemon.Daemon._sample = fail  # type: ignore[method-assign,assignment]
+
+
 def main() -> int:
     if os.environ.get("FRAIL"):
         make_frail()
     if os.environ.get("HOLD_AT"):
         hold(os.environ["HOLD_AT"], Path(os.environ["HOLD_WHILE"]))
+    if os.environ.get("FAIL_WHEN"):
+        fail_when(Path(os.environ["FAIL_WHEN"]))
+    if os.environ.get("STOP_BOUND"):
+        daemon.STOP_BOUND = float(os.environ["STOP_BOUND"])
     path, phase = Path(sys.argv[1]), sys.argv[2]
     if phase:
         journaled = Journal.phase
