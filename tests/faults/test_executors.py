@@ -25,10 +25,12 @@ ONE = accelerator_of("tiny:1:2.0")
 def host(tmp_path: Path) -> Iterator[Host]:
     host = Host(tmp_path)
     host.pack("tiny:1")
-    host.start(frail=True)
-    assert host.deploy("tiny:1")["outcome"] == "committed"
-    yield host
-    host.kill()
+    try:
+        host.start(frail=True)
+        assert host.deploy("tiny:1")["outcome"] == "committed"
+        yield host
+    finally:
+        host.kill()
 
 
 def children(pid: int) -> dict[int, str]:

@@ -196,7 +196,11 @@ class Host:
         return self.process.wait(timeout)
 
     def __enter__(self) -> Host:
-        return self.start()
+        try:
+            return self.start()
+        except BaseException:
+            self.kill()
+            raise
 
     def __exit__(self, *_: object) -> None:
         self.kill()
