@@ -15,6 +15,8 @@ from typing import Any
 import psutil
 import pytest
 
+from drivers.simulated import inject
+
 ROOT = Path(__file__).parents[2]
 SHORT = ("--seconds-each", "0.5", "--clients", "3")
 
@@ -142,6 +144,20 @@ def test_a_daemon_that_dies_is_told_with_its_log(temporary: Path) -> None:
     assert "phase=preflight" in out
     assert list(temporary.iterdir()) == []
     until(lambda: not running(temporary), 10)
+
+
+def test_wrong_answers_are_found(temporary: Path) -> None:
+    with start(temporary, *SHORT, "--swaps", 1, "--requests", 10) as demo:
+        assert demo.stdout is not None
+        for line in demo.stdout:
+            if "clients start to ask" in line:
+                break
+        (folder,) = temporary.iterdir()
+        inject(folder / "state" / "simulated-slot", {"at": "infer", "kind": "wrong_result", "count": 2})
+        out, _ = demo.communicate(timeout=120)
+    assert demo.returncode == 1
+    assert "2 answers were not those of the model that they name" in out
+    assert "the end of slotd's log" in out
 
 
 def test_missing_package_is_named(temporary: Path, tmp_path: Path) -> None:
