@@ -88,7 +88,8 @@ async def _run(
 
 async def _follow(child: asyncio.subprocess.Process, job: bytes, progress: Progress | None) -> str:
     assert child.stdin is not None and child.stdout is not None
-    with suppress(BrokenPipeError, ConnectionResetError):  # it died at once; the end of its output says so
+    # It died at once; the end of its output says so. uvloop's word for that is RuntimeError.
+    with suppress(BrokenPipeError, ConnectionResetError, RuntimeError):
         child.stdin.write(job)
         await child.stdin.drain()
     while (document := await _answer(child.stdout)) is not None:
