@@ -308,36 +308,44 @@ class Dataplane:
         """The first answer: of the slot, or of the bridge if the slot is silent for too long."""
         rival: Call | None = None
         rival_seat = seat
+        suspect_at: float | None = None
         try:
             if seat.on == On.SLOT.value:
                 p99 = place.latencies.quantile(0.99)
                 patience = max(HANG_FLOOR, HANG_FACTOR * p99) if p99 is not None else HANG_UNKNOWN
+                suspect_at = self.clock() + patience
                 await asyncio.wait((call.result,), timeout=min(patience, deadline - self.clock()))
                 if not call.result.done():
                     rival_seat, rival = self._hedge(seat, prepared, deadline) or (seat, None)
             if rival is None:
                 await asyncio.wait((call.result,), timeout=deadline - self.clock())
-                return seat, self._outcome(call, seat, place, hung=seat.on == On.SLOT.value)
+                return seat, self._outcome(call, seat, place, suspect_at=suspect_at)
             await asyncio.wait(
                 (call.result, rival.result), timeout=deadline - self.clock(), return_when=asyncio.FIRST_COMPLETED
             )
             if rival.result.done() and not call.result.done() and rival.result.exception() is not None:
                 await asyncio.wait((call.result,), timeout=deadline - self.clock())
             if call.result.done() and call.result.exception() is None:
-                return seat, self._outcome(call, seat, place, hung=False)
+                return seat, self._outcome(call, seat, place)
             if not rival.result.done():  # the slot failed: the bridge decides
                 await asyncio.wait((rival.result,), timeout=deadline - self.clock())
             self._hung(seat)
-            return rival_seat, self._outcome(rival, rival_seat, place, hung=False, judge=False)
+            return rival_seat, self._outcome(rival, rival_seat, place, judge=False)
+        except asyncio.CancelledError:  # the client's own timer may be quicker than ours
+            if suspect_at is not None:
+                self._await_end(call, seat, suspect_at)
+            raise
         finally:
             call.cancel()
             if rival is not None:
                 rival.cancel()
 
-    def _outcome(self, call: Call, seat: Seat, place: Place, *, hung: bool, judge: bool = True) -> Reply:
+    def _outcome(
+        self, call: Call, seat: Seat, place: Place, *, suspect_at: float | None = None, judge: bool = True
+    ) -> Reply:
         if not call.result.done():
-            if hung:
-                self._hung(seat)
+            if suspect_at is not None:
+                self._await_end(call, seat, suspect_at)
             raise DeadlineExceeded("the deadline passed while the model ran")
         reply = call.result.result()
         if judge:
@@ -362,6 +370,20 @@ class Dataplane:
         place.started(started)
         call.ended.add_done_callback(lambda _: self._ended(place, self._latency(call, started)))
         return bridge, call
+
+    def _await_end(self, call: Call, seat: Seat, suspect_at: float) -> None:
+        """The deadline came before the slot's answer. That is a hang only if the slot stays silent until `suspect_at`:
+        a client with a short deadline must not bring a healthy slot into doubt."""
+
+        def look() -> None:
+            if not call.ended.done() and self.seats.get(seat.key) is seat:
+                self._hung(seat)
+
+        left = suspect_at - self.clock()
+        if left <= 0:
+            look()
+        else:
+            asyncio.get_running_loop().call_later(left, look)
 
     def _hung(self, seat: Seat) -> None:
         """A request was not answered by the slot in time; two in a row make it suspect."""
