@@ -29,6 +29,10 @@ log = structlog.get_logger(__name__)
 
 HANG_FLOOR = 0.05
 HANG_FACTOR = 4.0
+HANG_KNOWN = 32
+"""Answers after which the slot's own latency is known."""
+HANG_CONFIRM = 0.25
+"""Seconds that two silent requests are given before the slot is suspect: a busy CPU is silent for a moment, too."""
 HANG_UNKNOWN = 1.0
 """Seconds without an answer that count as a hang before the slot's own latency is known."""
 
@@ -125,7 +129,7 @@ class Dataplane:
     _waiters: dict[Ticket, asyncio.Future[Place]] = field(default_factory=dict)
     _listeners: list[Callable[[], None]] = field(default_factory=list)
     _troubles: list[Callable[[Trouble], None]] = field(default_factory=list)
-    _hangs: dict[int, int] = field(default_factory=dict)
+    _silent: dict[int, set[Call]] = field(default_factory=dict)
     _last: object = None
     _hold: asyncio.TimerHandle | None = None
     _arrivals: float = 0.0
@@ -142,7 +146,7 @@ class Dataplane:
         """No more requests for it; those in its hands end as they end."""
         self.seats.pop(key, None)
         self.admission.remove(key)
-        self._hangs.pop(key, None)
+        self._silent.pop(key, None)
         self.pump()
 
     def busy(self, key: int) -> int:
@@ -311,26 +315,27 @@ class Dataplane:
         suspect_at: float | None = None
         try:
             if seat.on == On.SLOT.value:
-                p99 = place.latencies.quantile(0.99)
-                patience = max(HANG_FLOOR, HANG_FACTOR * p99) if p99 is not None else HANG_UNKNOWN
+                patience = _patience(place)
                 suspect_at = self.clock() + patience
-                await asyncio.wait((call.result,), timeout=min(patience, deadline - self.clock()))
+                # A request that cannot wait so long is computed twice sooner, which says nothing about the slot.
+                await asyncio.wait((call.result,), timeout=min(patience, (deadline - self.clock()) / 2))
                 if not call.result.done():
                     rival_seat, rival = self._hedge(seat, prepared, deadline) or (seat, None)
             if rival is None:
                 await asyncio.wait((call.result,), timeout=deadline - self.clock())
-                return seat, self._outcome(call, seat, place, suspect_at=suspect_at)
+                return seat, self._outcome(call, seat, suspect_at=suspect_at)
             await asyncio.wait(
                 (call.result, rival.result), timeout=deadline - self.clock(), return_when=asyncio.FIRST_COMPLETED
             )
             if rival.result.done() and not call.result.done() and rival.result.exception() is not None:
                 await asyncio.wait((call.result,), timeout=deadline - self.clock())
             if call.result.done() and call.result.exception() is None:
-                return seat, self._outcome(call, seat, place)
+                return seat, self._outcome(call, seat)
             if not rival.result.done():  # the slot failed: the bridge decides
                 await asyncio.wait((rival.result,), timeout=deadline - self.clock())
-            self._hung(seat)
-            return rival_seat, self._outcome(rival, rival_seat, place, judge=False)
+            if suspect_at is not None:
+                self._await_end(call, seat, suspect_at)
+            return rival_seat, self._outcome(rival, rival_seat)
         except asyncio.CancelledError:  # the client's own timer may be quicker than ours
             if suspect_at is not None:
                 self._await_end(call, seat, suspect_at)
@@ -340,17 +345,12 @@ class Dataplane:
             if rival is not None:
                 rival.cancel()
 
-    def _outcome(
-        self, call: Call, seat: Seat, place: Place, *, suspect_at: float | None = None, judge: bool = True
-    ) -> Reply:
+    def _outcome(self, call: Call, seat: Seat, *, suspect_at: float | None = None) -> Reply:
         if not call.result.done():
             if suspect_at is not None:
                 self._await_end(call, seat, suspect_at)
             raise DeadlineExceeded("the deadline passed while the model ran")
-        reply = call.result.result()
-        if judge:
-            self._hangs.pop(place.key, None)
-        return reply
+        return call.result.result()
 
     def _hedge(self, seat: Seat, prepared: Prepared, deadline: float) -> tuple[Seat, Call] | None:
         """The same request on the bridge of the same model, if there is time for that."""
@@ -372,12 +372,12 @@ class Dataplane:
         return bridge, call
 
     def _await_end(self, call: Call, seat: Seat, suspect_at: float) -> None:
-        """The deadline came before the slot's answer. That is a hang only if the slot stays silent until `suspect_at`:
-        a client with a short deadline must not bring a healthy slot into doubt."""
+        """Others have answered, or the deadline has come. The slot hangs only if it stays silent until `suspect_at`: a
+        client with a short deadline must not bring a healthy slot into doubt."""
 
         def look() -> None:
             if not call.ended.done() and self.seats.get(seat.key) is seat:
-                self._hung(seat)
+                self._hung(seat, call)
 
         left = suspect_at - self.clock()
         if left <= 0:
@@ -385,14 +385,18 @@ class Dataplane:
         else:
             asyncio.get_running_loop().call_later(left, look)
 
-    def _hung(self, seat: Seat) -> None:
-        """A request was not answered by the slot in time; two in a row make it suspect."""
-        count = self._hangs.get(seat.key, 0) + 1
-        self._hangs[seat.key] = count
-        if count >= 2:
-            self._trouble(
-                "hang", seat, Unavailable("the slot left two requests in a row unanswered", code="DEVICE_HUNG")
-            )
+    def _hung(self, seat: Seat, call: Call) -> None:
+        """The slot is silent; two requests that stay unanswered make it suspect."""
+        silent = self._silent.setdefault(seat.key, set())
+        silent.add(call)
+        call.ended.add_done_callback(lambda _: silent.discard(call))
+        if len(silent) >= 2:
+            asyncio.get_running_loop().call_later(HANG_CONFIRM, self._confirm_hang, seat, frozenset(silent))
+
+    def _confirm_hang(self, seat: Seat, silent: frozenset[Call]) -> None:
+        if self.seats.get(seat.key) is seat and len(silent & self._silent.get(seat.key, set())) >= 2:
+            error = Unavailable("the slot left two requests in a row unanswered", code="DEVICE_HUNG")
+            self._trouble("hang", seat, error)
 
     def _trouble(self, kind: str, seat: Seat, error: SlotdError) -> None:
         for callback in tuple(self._troubles):
@@ -448,6 +452,14 @@ class Dataplane:
             self._arrivals += (1 / gap - self._arrivals) * weight
         self._arrived = now
         return now
+
+
+def _patience(place: Place) -> float:
+    """Seconds after which a slot that has not answered is silent."""
+    p99 = place.latencies.quantile(0.99)
+    if p99 is None or place.answered < HANG_KNOWN:
+        return max(HANG_UNKNOWN, HANG_FACTOR * (p99 or 0.0))
+    return max(HANG_FLOOR, HANG_FACTOR * p99)
 
 
 def _ns(deadline: float) -> int:
