@@ -33,6 +33,8 @@ HANG_KNOWN = 32
 """Answers after which the slot's own latency is known."""
 HANG_CONFIRM = 0.25
 """Seconds that two silent requests are given before the slot is suspect: a busy CPU is silent for a moment, too."""
+TICK = 0.001
+"""Seconds by which a timer of the loop may be early."""
 HANG_UNKNOWN = 1.0
 """Seconds without an answer that count as a hang before the slot's own latency is known."""
 
@@ -319,7 +321,7 @@ class Dataplane:
                 suspect_at = self.clock() + patience
                 # A request that cannot wait so long is computed twice sooner, which says nothing about the slot.
                 await asyncio.wait((call.result,), timeout=min(patience, (deadline - self.clock()) / 2))
-                if not call.result.done():
+                if not call.result.done() and self.clock() >= suspect_at - TICK:
                     rival_seat, rival = self._hedge(seat, prepared, deadline) or (seat, None)
             if rival is None:
                 await asyncio.wait((call.result,), timeout=deadline - self.clock())
