@@ -26,7 +26,8 @@ from agent.errors import InvalidModel
 from agent.model.signature import DType, Signature, Strings, Tensor, TensorSpec, dtype_of
 from agent.model.spec import MAX_RANK, Model, ModelFile, TensorName, explain
 
-MAX_JSON = 1 << 20
+MAX_JSON = 64 << 10
+"""Bytes of a case; it is parsed in the agent. Large tensors lie in .npy files beside it."""
 MAX_BYTES = 256 << 20
 """All tensors of a model's golden cases together."""
 MAX_FILES = 64

@@ -16,6 +16,8 @@ from agent.model.signature import DType, Signature, TensorSpec
 
 SCHEMA: Literal["slotd/v1"] = "slotd/v1"
 MAX_YAML_BYTES = 256 * 1024
+MAX_YAML_NODES = 10_000
+"""Scalars, lists and mappings together; each takes some 700 bytes and 30 µs to parse."""
 MAX_TENSORS = 32
 MAX_RANK = 8
 _AGAIN = "correct model.yaml and pack the image again"
@@ -225,17 +227,24 @@ class Model:
         return int(self.spec.version)
 
 
-class _NoAliases(yaml.SafeLoader):
+class _Bounded(yaml.SafeLoader):
+    """Without aliases, and with so many nodes at the most."""
+
+    nodes = 0
+
     def compose_node(self, parent: Any, index: Any) -> Any:
+        self.nodes += 1
+        if self.nodes > MAX_YAML_NODES:
+            raise yaml.YAMLError(f"has more than {MAX_YAML_NODES} values")
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("aliases are not allowed")
         return super().compose_node(parent, index)
 
 
 def parse_yaml(text: bytes | str) -> Any:
-    """YAML without aliases (a page of which can describe gigabytes). Raises yaml.YAMLError."""
+    """YAML without aliases (a page of which can describe gigabytes) and of a bounded size. Raises yaml.YAMLError."""
     try:
-        return yaml.load(text, _NoAliases)  # noqa: S506  # a SafeLoader
+        return yaml.load(text, _Bounded)  # noqa: S506  # a SafeLoader
     except RecursionError:
         raise yaml.YAMLError("nested too deeply") from None
 
