@@ -216,48 +216,51 @@ def test_ready_without_slot_registry_and_broker(prepared: Path, tmp_path: Path) 
         host.kill()
 
 
-def test_stopped_in_a_phase_then_taken_up_again_once(host: Host) -> None:
-    """In four phases, one after another; each next start answers with the old model, then does it again."""
-    scale = {1: 2.0, 2: 3.0}
-    committed = 1
-    for phase in ("pull", "preflight", "program", "probation"):
-        wanted = 3 - committed
-        host.start(hold_at=phase)
-        host.until_host("slot")
-        task = host.call("deploy", image=f"tiny:{wanted}")["task"]
+def test_stopped_in_each_of_some_phases_and_taken_up_again(host: Host) -> None:
+    """A chain: each start takes up what the last one left, and is stopped in a later phase, until one commits."""
+
+    def stopped_in(phase: str, task: str) -> None:
         host.until_phase(task, phase)
         children = descendants(host.process.pid if host.process else 0)
         assert host.stop(timeout=BOUND) == 0, host.tail()
         assert gone(children), phase
-        host.let_go()
-        host.start(hold_at="drain")
-        np.testing.assert_allclose(host.predict(X)[0], X * scale[committed] + 1, rtol=1e-6)
+        assert left_behind(host) == []
+
+    def taken_up(task: str, phase: str, scale: float) -> str:
+        np.testing.assert_allclose(host.predict(X)[0], X * scale + 1, rtol=1e-6)  # the committed one, at once
         cut_off = host.call("task", task=task)
         assert (cut_off["outcome"], cut_off["error"]["code"]) == ("failed", "INTERRUPTED"), cut_off
         assert phase in cut_off["error"]["message"]
         again = host.until(lambda: host.status()["deployment"])
         assert again["actor"] == f"resume of {task}"
-        host.let_go()
-        assert host.ended(again["id"])["outcome"] == "committed"
-        np.testing.assert_allclose(host.predict(X)[0], X * scale[wanted] + 1, rtol=1e-6)
-        committed = wanted
-        assert host.stop(timeout=BOUND) == 0, host.tail()
+        return str(again["id"])
 
-    # A second stop at the same place: it is given up, and the host says so.
-    wanted = 3 - committed
+    host.start(hold_at="pull")
+    task, before = host.call("deploy", image="tiny:2")["task"], "pull"
+    stopped_in("pull", task)
+    for phase in ("preflight", "program", "probation"):
+        host.start(hold_at=phase)
+        task = taken_up(task, before, 2.0)
+        if phase != "probation":
+            stopped_in(phase, task)
+        before = phase
+    host.let_go()
+    assert host.ended(task)["outcome"] == "committed"
+    np.testing.assert_allclose(host.predict(X)[0], X * 3 + 1, rtol=1e-6)
+
+    # Twice cut off with the slot in its hands: given up, and the host says so.
+    host.hold.touch()
+    task = host.call("deploy", image="tiny:1")["task"]
+    stopped_in("probation", task)
     host.start(hold_at="program")
-    task = host.call("deploy", image=f"tiny:{wanted}")["task"]
-    host.until_phase(task, "program")
-    assert host.stop(timeout=BOUND) == 0
-    host.start(hold_at="program")
-    again = host.until(lambda: host.status()["deployment"])
-    host.until_phase(again["id"], "program")
-    assert host.stop(timeout=BOUND) == 0
+    task = taken_up(task, "probation", 3.0)
+    stopped_in("program", task)
     host.start()
+    np.testing.assert_allclose(host.predict(X)[0], X * 3 + 1, rtol=1e-6)
     status = host.until_host("slot")
     assert status["deployment"] is None
-    assert status["last"]["error"]["code"] == "INTERRUPTED"
-    assert status["committed"]["version"] == str(committed)
+    assert (status["last"]["id"], status["last"]["error"]["code"]) == (task, "INTERRUPTED")
+    assert status["committed"]["version"] == "2"
 
 
 def test_a_second_signal_ends_at_once(prepared: Path, tmp_path: Path) -> None:
