@@ -121,6 +121,13 @@ class Turn:
     phase: Phase | None = None
     called_off: SlotdError | None = None
     rolling_back: bool = False
+    over: bool = False
+    """How it ends is decided; only what follows from that is still being done."""
+
+    @property
+    def can_be_joined(self) -> bool:
+        """Whether it can still become what it was started for."""
+        return self.called_off is None and not self.rolling_back and not self.over
 
     def __str__(self) -> str:
         where = self.phase.value if self.phase else "waiting"
@@ -292,8 +299,8 @@ class Arbiter:
         self._changed()
 
     def slot_doubted(self, key: int, why: SlotdError) -> bool:
-        """The slot hangs or computes wrongly: it answers nobody until proven again. False if it is gone already."""
-        if self.slot is None or self.slot.key != key:
+        """The slot hangs or computes wrongly: it answers nobody until proven again. False if it does not anyway."""
+        if self.slot is None or self.slot.key != key or not self.slot.trusted:
             return False
         self.slot.trusted = False
         self.trouble = why
@@ -326,7 +333,7 @@ class Arbiter:
         if self.stopping:
             raise Unavailable("slotd is stopping; ask again when it is back", retry_after=10.0)
         for known in (self.waiting, self.running):
-            if known is not None and known.wish == turn.wish and known.called_off is None and not known.rolling_back:
+            if known is not None and known.wish == turn.wish and known.can_be_joined:
                 return Joined(known)
             if known is not None:
                 break  # only the newest wish counts: the same as the running one, but not as the waiting one, is news
@@ -364,11 +371,19 @@ class Arbiter:
             raise CommandRefused(f"{running.id} is already going back", code="TOO_LATE")
         if running.phase is Phase.COMMIT:
             raise CommandRefused(f"{running.id} is being committed", hint="use slotd rollback", code="TOO_LATE")
+        if running.over:
+            raise CommandRefused(f"{running.id} is ending", code="TOO_LATE")
         running.called_off = running.called_off or why
         self._changed()
         if running.phase is None or not running.phase.touches_slot:
             return Interrupt(running)
         return AtBoundary(running)
+
+    def withdraw(self, turn: Turn) -> None:
+        """It could not even be written down: it waits no more."""
+        if self.waiting is turn:
+            self.waiting = None
+            self._changed()
 
     def rollback_target(self, previous: str | None) -> str:
         """What `rollback` goes to when nothing is being deployed. Raises Refused."""
@@ -383,6 +398,7 @@ class Arbiter:
             turn.rolling_back = True
             self._changed()
             return None
+        turn.over = True
         if isinstance(error, Superseded):
             return Outcome.SUPERSEDED
         if isinstance(error, Cancelled):

@@ -24,6 +24,8 @@ class Deployment:
     kind: str = "deploy"
     fresh: bool = False
     """Attempts that were cut off before do not count."""
+    attempt: str | None = None
+    """What this attempt at changing the slot is counted under."""
     digest: str | None = None
     name: str | None = None
     version: str | None = None

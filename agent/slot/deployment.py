@@ -5,15 +5,23 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import asdict, replace
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import structlog
 
 from agent.config import Config
-from agent.errors import Cancelled, CommandRefused, Interrupted, NotFound, Refused, SlotdError, StorageError
+from agent.errors import (
+    Cancelled,
+    CommandRefused,
+    Interrupted,
+    NotFound,
+    Refused,
+    SlotdError,
+    StorageError,
+)
 from agent.journal.boot import BootRecord, ModelRef, write_boot
 from agent.journal.database import Journal
 from agent.model.spec import Model
@@ -34,6 +42,10 @@ Tell = Callable[[str, dict[str, Any]], None]
 KEEP_ENDED = 50
 RETRIES = 1
 """How often an attempt that was cut off at or after drain is made again by itself."""
+UNDEPLOY = "undeploy"
+"""What stands for the digest where attempts to empty the slot are counted."""
+ROLL_BACK = "roll_back"
+_TOUCHING = {phase.value for phase in Phase if phase.touches_slot}
 
 
 class Images(Protocol):
@@ -93,6 +105,8 @@ class Deployments:
         self.last: dict[str, Any] | None = None
         self._all: dict[str, Deployment] = {}
         self._task: asyncio.Task[None] | None = None
+        self._asks: set[asyncio.Task[None]] = set()
+        self._cut_off: list[dict[str, Any]] = []
         self._watchers: set[asyncio.Event] = set()
 
     # --- what commands ask --------------------------------------------------------------------------------------------
@@ -105,14 +119,14 @@ class Deployments:
         deployment = Deployment(_new_id(), wish, actor, Turn("", wish), fresh=fresh or wish.force)
         return await self._ask(deployment)
 
-    async def undeploy(self, actor: str) -> Deployment:
+    async def undeploy(self, actor: str, *, fresh: bool = True) -> Deployment:
         """Makes `empty` the committed state."""
-        return await self._ask(Deployment(_new_id(), None, actor, Turn("", "undeploy"), kind="undeploy"))
+        return await self._ask(Deployment(_new_id(), None, actor, Turn("", UNDEPLOY), kind=UNDEPLOY, fresh=fresh))
 
     async def rollback(self, actor: str) -> Deployment:
         """Calls off the deployment in hand; without one, deploys the previous model."""
         running = self.arbiter.running
-        if running is not None and running.wish != "undeploy":
+        if running is not None and running.wish != UNDEPLOY:
             return await self.cancel(running.id, actor, why=Cancelled(f"rolled back by {actor}"))
         previous = self.boot.previous
         self.arbiter.rollback_target(previous.digest if previous else None)
@@ -130,7 +144,9 @@ class Deployments:
         deployment = self._all[decision.turn.id]
         match decision:
             case Ended():
-                await self._finish(deployment, Outcome.CANCELLED, decision.turn.called_off)
+                await self._to_the_end(
+                    self._finish(deployment, Outcome.CANCELLED, decision.turn.called_off), f"cancel-{deployment.id}"
+                )
             case Interrupt():
                 deployment.called_off.set()
                 if self._task is not None:
@@ -183,68 +199,99 @@ class Deployments:
     # --- life ---------------------------------------------------------------------------------------------------------
 
     async def open(self) -> None:
-        """What the journal remembers of the last deployment."""
-        for row in await self.journal.last(1):
-            self.last = row
+        """What the journal remembers: the last deployment, and what was cut off. Before anybody can ask for more."""
+        try:
+            for row in await self.journal.last(1):
+                self.last = row
+            self._cut_off = await self.journal.unfinished()
+        except StorageError as error:
+            log.error("history_unreadable", error=str(error))
 
     async def resume(self) -> None:
         """After a start: what was cut off is resumed, tried once more, or given up, and the journal says so."""
-        rows = await self.journal.unfinished()
-        for row in rows[:-1]:
-            await self._give_up(row, Interrupted(f"cut off at {_reached(row)}; a newer deployment was asked for"))
-        if not rows:
-            return
-        row = rows[-1]
+        rows, self._cut_off = self._cut_off, []
+        for row in rows:
+            await self._noted(self._take_up(row, newest=row is rows[-1]))
+
+    async def _take_up(self, row: dict[str, Any], *, newest: bool) -> None:
         reached, digest = _reached(row), row.get("digest")
-        touched = reached in _TOUCHING
-        if touched and digest and await self.journal.attempts(digest) > RETRIES:
-            await self._give_up(
-                row,
-                Interrupted(
-                    f"cut off at {reached} on each of {RETRIES + 1} attempts; the host stays on the committed model",
-                    hint="find out why the host goes down there; then deploy again, with --force for the same image",
-                ),
+        undeploy = row.get("kind") == UNDEPLOY
+        key = UNDEPLOY if undeploy else digest
+        committed = self.boot.committed.digest if self.boot.committed else None
+        if reached == Phase.COMMIT.value and committed == (None if undeploy else digest):
+            # boot.json is the truth, and it has been written.
+            await self._noted(self.journal.clear_attempts(key or ""))
+            await self._conclude(row, Outcome.COMMITTED, None)
+        elif not newest or self.arbiter.running is not None:
+            await self._conclude(row, Outcome.FAILED, Interrupted(f"cut off at {reached}; a newer one was asked for"))
+        elif reached == ROLL_BACK:
+            why = "cut off while the committed model was put back, which the start has done"
+            await self._conclude(row, Outcome.FAILED, Interrupted(why, hint="see the log of slotd for why it failed"))
+        elif reached in _TOUCHING and key and await self.journal.attempts(key) > RETRIES:
+            error = Interrupted(
+                f"cut off at {reached} on each of {RETRIES + 1} attempts; the host stays on the committed model",
+                hint="find out why the host goes down there; then deploy again, with --force for the same image",
             )
-            return
-        wish = row.get("wish")
-        if not wish:
-            await self._give_up(row, Interrupted(f"cut off at {reached}"))
-            return
-        again = replace(Wish(**wish), digest=digest or wish.get("digest"), force=False)
-        deployment = await self.deploy(again, f"resume of {row['id']}")
-        await self._give_up(row, Interrupted(f"cut off at {reached}; tried again as {deployment.id}"))
+            await self._conclude(row, Outcome.FAILED, error)
+        else:
+            actor = f"resume of {row['id']}"
+            wish = _wish_of(row)
+            if undeploy:
+                deployment = await self.undeploy(actor, fresh=False)
+            elif wish is not None:
+                deployment = await self.deploy(replace(wish, digest=digest or wish.digest, force=False), actor)
+            else:
+                await self._conclude(row, Outcome.FAILED, Interrupted(f"cut off at {reached}"))
+                return
+            again = Interrupted(f"cut off at {reached}; tried again as {deployment.id}")
+            await self._conclude(row, Outcome.FAILED, again)
 
     async def stop(self) -> None:
         """SIGTERM: cuts the running deployment short, without a roll-back; the next start takes it up."""
         self.arbiter.stop()
         if self._task is not None:
             self._task.cancel()
-            await asyncio.wait((self._task,))
+        tasks = [*self._asks, *([self._task] if self._task is not None else [])]
+        if tasks:
+            await asyncio.wait(tasks)
 
     # --- the procedure ------------------------------------------------------------------------------------------------
 
     async def _ask(self, deployment: Deployment) -> Deployment:
         deployment.turn.id = deployment.id
         decision = self.arbiter.ask(deployment.turn)
-        match decision:
-            case Joined():
-                return self._all[decision.turn.id]
-            case Queued():
-                self._all[deployment.id] = deployment
-                if decision.replaced is not None:
-                    replaced = self._all[decision.replaced.id]
-                    await self._finish(replaced, Outcome.SUPERSEDED, decision.replaced.called_off)
-                await self._begin(deployment)
-            case Start():
-                self._all[deployment.id] = deployment
-                try:
-                    await self._begin(deployment)
-                except BaseException:
-                    self._next(deployment)
-                    raise
-                self._start(deployment)
-        self._changed()
+        if isinstance(decision, Joined):
+            return self._all[decision.turn.id]
+        self._all[deployment.id] = deployment
+        await self._to_the_end(self._accept(deployment, decision), f"ask-{deployment.id}")
         return deployment
+
+    async def _to_the_end(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        """What was decided is done and written down, whether or not the one who asked is still there."""
+        task = asyncio.create_task(work, name=name)
+        self._asks.add(task)
+        task.add_done_callback(self._asks.discard)
+        await asyncio.shield(task)
+
+    async def _accept(self, deployment: Deployment, decision: Start | Queued) -> None:
+        """Journaled, then started. Raises StorageError: then it is over."""
+        try:
+            await self._begin(deployment)
+        except SlotdError as error:
+            self._settle(deployment, Outcome.FAILED, error)
+            deployment.done.set()
+            if isinstance(decision, Start):
+                self._next(deployment)
+            else:
+                self.arbiter.withdraw(deployment.turn)
+            raise
+        finally:
+            if isinstance(decision, Queued) and decision.replaced is not None:
+                replaced = decision.replaced
+                await self._finish(self._all[replaced.id], Outcome.SUPERSEDED, replaced.called_off)
+        if isinstance(decision, Start) and not self.arbiter.stopping:  # if it stops, the next start takes it up
+            self._start(deployment)
+        self._changed()
 
     async def _begin(self, deployment: Deployment) -> None:
         wish = deployment.wish
@@ -274,15 +321,13 @@ class Deployments:
         try:
             try:
                 outcome = await self._way(deployment)
+                turn.over = True
             except asyncio.CancelledError:
                 if turn.called_off is None or self.arbiter.stopping:
                     raise
                 error = turn.called_off
-            except SlotdError as fault:
-                error = fault
-            except Exception as fault:  # our own mistake must not leave the slot in between
-                log.exception("deployment_failed", deployment=deployment.id)
-                error = SlotdError(f"an unforeseen fault in {deployment.phase}: {fault}", hint="see the log of slotd")
+            except Exception as fault:
+                error = _known(fault, str(deployment.phase))
             if error is not None:
                 log.warning("deployment_failed", deployment=deployment.id, phase=deployment.phase, error=str(error))
                 outcome = self.arbiter.failed(turn, error)
@@ -292,7 +337,7 @@ class Deployments:
                     await self._forget(deployment)
             assert outcome is not None
             if outcome is not Outcome.UNCHANGED:
-                await self._tidy()
+                await self._noted(self._tidy())
             await self._finish(deployment, outcome, error)
         except asyncio.CancelledError:
             if not self.arbiter.stopping:
@@ -312,13 +357,9 @@ class Deployments:
         keep = {ref.digest for ref in (self.boot.committed, self.boot.previous) if ref is not None}
         keep |= {one.digest for one in (self.running, self.waiting) if one is not None and one.digest is not None}
         keep |= set(self.residents.models)
-        try:
-            freed = await self.images.collect(keep)
-        except SlotdError as error:
-            log.warning("collect_failed", error=str(error))
-        else:
-            if freed:
-                self.tell("images_collected", {"bytes": freed})
+        freed = await self.images.collect(keep)
+        if freed:
+            self.tell("images_collected", {"bytes": freed})
 
     async def _way(self, deployment: Deployment) -> Outcome:
         """The phases, in order. Raises SlotdError where one fails."""
@@ -335,7 +376,7 @@ class Deployments:
             self.config, self.installer.driver, self.residents, self.dataplane, deployment, wish, model, committed
         )
         async with self.installer.lock:
-            await self._count_attempt(deployment, model)
+            await self._count_attempt(deployment, model.digest)
             await self._drain(deployment)
             proven = await self.installer.install(
                 resident, lambda phase: self._enter(deployment, phase), force=wish.force
@@ -355,10 +396,12 @@ class Deployments:
         digest = await self.images.resolve(wish.reference, wish.digest)
         deployment.digest = deployment.turn.digest = digest
         committed = self.boot.committed
-        if committed is not None and committed.digest == digest and not wish.force:
+        in_force = committed is not None and committed.digest == digest and digest in self.residents.models
+        if committed is not None and in_force and not wish.force:
             deployment.name, deployment.version = committed.name, committed.version
             return None
-        if not await self.images.has(digest):
+        model = await self._unpacked(wish, digest)
+        if model is None:
             await self._enter(deployment, Phase.PULL)
 
             def progress(step: dict[str, Any]) -> None:
@@ -370,22 +413,34 @@ class Deployments:
             await self._enter(deployment, Phase.UNPACK)
             await self.images.unpack(wish.reference, digest)
         await self._enter(deployment, Phase.INSPECT)
-        model = await self.images.model(digest, wish.reference)
+        if model is None:
+            model = await self.images.model(digest, wish.reference)
         deployment.name, deployment.version = model.name, model.spec.version
         check_slot(self.config, wish, model, await self.installer.probe())
         return model
 
-    async def _count_attempt(self, deployment: Deployment, model: Model) -> None:
-        """Journaled before the slot is touched. Raises Refused for a model that took the host down before."""
+    async def _unpacked(self, wish: Wish, digest: str) -> Model | None:
+        """The model as it lies on the disk; None if it is not there, or damaged: then it is fetched anew."""
+        if not await self.images.has(digest):
+            return None
+        try:
+            return await self.images.model(digest, wish.reference)
+        except (StorageError, NotFound) as error:
+            log.warning("model_damaged", digest=digest, error=str(error))
+            return None
+
+    async def _count_attempt(self, deployment: Deployment, key: str) -> None:
+        """Journaled before the slot is touched. Raises Refused for what took the host down before."""
         if deployment.fresh:
-            await self.journal.clear_attempts(model.digest)
-        if await self.journal.attempts(model.digest) > RETRIES:
+            await self.journal.clear_attempts(key)
+        if await self.journal.attempts(key) > RETRIES:
             raise Refused(
-                f"{model.name} was cut off {RETRIES + 1} times while it went into the slot",
+                f"{deployment.name or key} was cut off {RETRIES + 1} times while the slot was changed for it",
                 code="INTERRUPTED",
                 hint="find out why the host goes down there; then deploy with --force",
             )
-        deployment.notes["attempt"] = await self.journal.count_attempt(model.digest)
+        deployment.attempt = key
+        deployment.notes["attempt"] = await self.journal.count_attempt(key)
 
     async def _drain(self, deployment: Deployment) -> None:
         """New requests go to the bridge; those in the slot get their time."""
@@ -419,13 +474,15 @@ class Deployments:
         await asyncio.to_thread(write_boot, self.state_dir, record)
         self.boot = record
         self.arbiter.commit(deployment.turn)
+        deployment.turn.over = True
         if old is not None and (ref is None or old.digest != ref.digest):
-            await self.residents.dismiss(old.digest)
+            await self._noted(self.residents.dismiss(old.digest))
 
     async def _empty(self, deployment: Deployment) -> Outcome:
         if self.boot.committed is None:
             return Outcome.UNCHANGED
         async with self.installer.lock:
+            await self._count_attempt(deployment, UNDEPLOY)
             await self._drain(deployment)
             await self._enter(deployment, Phase.RELEASE)
             await self.installer.release()
@@ -435,9 +492,9 @@ class Deployments:
     async def _roll_back(self, deployment: Deployment, error: SlotdError) -> Outcome:
         """The committed model comes back into the slot and is proven again; if it can't, the bridge stays."""
         self.tell("rolling_back", {"id": deployment.id, "reason": error.as_dict()})
-        deployment.entered("roll_back")
-        await self._noted(self.journal.phase(deployment.id, "roll_back"))
         self.dataplane.changed()
+        await self._noted(self.journal.phase(deployment.id, ROLL_BACK))
+        deployment.entered(ROLL_BACK)
         in_slot = False
         async with self.installer.lock:
             committed = self.residents.models.get(self.arbiter.committed or "")
@@ -447,7 +504,9 @@ class Deployments:
                     in_slot = True
                 else:
                     await self.installer.release()
-            except SlotdError as second:
+            except Exception as fault:  # whatever it is, the bridge answers, and the recovery goes on trying
+                second = _known(fault, "the roll-back")
+                self.arbiter.trouble = second
                 deployment.notes["roll_back"] = second.as_dict()
                 log.error("roll_back_failed", deployment=deployment.id, error=str(second))
         await self._forget(deployment)
@@ -469,45 +528,51 @@ class Deployments:
         )
         self._changed()
 
-    async def _finish(self, deployment: Deployment, outcome: Outcome, error: SlotdError | None) -> None:
+    def _settle(self, deployment: Deployment, outcome: Outcome, error: SlotdError | None) -> dict[str, Any]:
+        """How it has ended, as everybody sees it from now on."""
         if deployment.phases:
             deployment.phases[-1] = (deployment.phases[-1][0], time.monotonic() - deployment._phase_began)
         deployment.outcome, deployment.error = outcome, error
         deployment.seconds = time.monotonic() - deployment.began
         deployment.host = self.arbiter.host.value
         self.last = deployment.as_dict()
-        if "attempt" in deployment.notes and deployment.digest is not None:
-            # It ended in order, however it ended.
-            await self._noted(self.journal.clear_attempts(deployment.digest))
+        return self.last
+
+    async def _finish(self, deployment: Deployment, outcome: Outcome, error: SlotdError | None) -> None:
+        document = self._settle(deployment, outcome, error)
+        if deployment.attempt is not None:  # it ended in order, however it ended
+            await self._noted(self.journal.clear_attempts(deployment.attempt))
         reason = error.as_dict() if error else None
-        await self._noted(self.journal.end(deployment.id, outcome.value, reason, deployment.digest, document=self.last))
+        await self._noted(self.journal.end(deployment.id, outcome.value, reason, deployment.digest, document=document))
         log.info("deployment_ended", deployment=deployment.id, outcome=outcome.value, seconds=deployment.seconds)
-        self.tell("deployment_ended", self.last)
+        self.tell("deployment_ended", document)
         deployment.done.set()
         self._changed()
         for old in [known for known, one in self._all.items() if one.done.is_set()][:-KEEP_ENDED]:
             del self._all[old]
 
-    async def _noted(self, record: Awaitable[object]) -> None:
-        """History that cannot be written must not keep a deployment from its end; the journal reports the disk."""
+    async def _noted(self, work: Awaitable[object]) -> None:
+        """What must not keep a deployment from its end if it fails: history (the journal reports the disk), tidying."""
         try:
-            await record
-        except StorageError as error:
-            log.error("not_journaled", error=str(error))
+            await work
+        except Exception as fault:
+            log.error("deployment_aftermath_failed", error=str(_known(fault, "what follows a deployment")))
 
     async def _forget(self, deployment: Deployment) -> None:
         """The executors of a model that did not make it."""
         keep = self.boot.committed.digest if self.boot.committed else None
         if deployment.digest is not None and deployment.digest != keep:
-            await self.residents.dismiss(deployment.digest)
+            await self._noted(self.residents.dismiss(deployment.digest))
 
-    async def _give_up(self, row: dict[str, Any], error: Interrupted) -> None:
-        document = {**row, "outcome": Outcome.FAILED.value, "error": error.as_dict(), "phase": _reached(row)}
+    async def _conclude(self, row: dict[str, Any], outcome: Outcome, error: SlotdError | None) -> None:
+        """The end of a deployment of the last run, in the journal and for whoever asks."""
+        reason = error.as_dict() if error else None
+        document = {**row, "outcome": outcome.value, "error": reason, "phase": _reached(row)}
         document.pop("wish", None)
-        await self.journal.end(row["id"], Outcome.FAILED.value, error.as_dict(), row.get("digest"), document=document)
+        await self._noted(self.journal.end(row["id"], outcome.value, reason, row.get("digest"), document=document))
         self.last = document
         self.tell("deployment_ended", document)
-        log.warning("deployment_interrupted", deployment=row["id"], reached=_reached(row), error=str(error))
+        log.warning("deployment_cut_off", deployment=row["id"], reached=_reached(row), outcome=outcome.value)
 
     def _changed(self) -> None:
         for event in self._watchers:
@@ -516,7 +581,19 @@ class Deployments:
             self.arbiter.on_change()
 
 
-_TOUCHING = {phase.value for phase in Phase if phase.touches_slot} | {"roll_back"}
+def _known(fault: Exception, where: str) -> SlotdError:
+    """The error to tell; our own mistakes go to the log with their trace."""
+    if isinstance(fault, SlotdError):
+        return fault
+    log.error("unforeseen_fault", where=where, exc_info=fault)
+    return SlotdError(f"an unforeseen fault in {where}: {fault}", hint="see the log of slotd")
+
+
+def _wish_of(row: dict[str, Any]) -> Wish | None:
+    """The wish in the journal, perhaps of another version of slotd."""
+    kept = row.get("wish") or {}
+    known = {field.name: kept[field.name] for field in fields(Wish) if field.name in kept}
+    return Wish(**known) if "reference" in known else None
 
 
 def _reached(row: dict[str, Any]) -> str:
