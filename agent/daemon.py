@@ -146,6 +146,8 @@ class Daemon:
             await _end(start)  # only what it has come to is taken down again
         bound.cancel()
         log.info("stopped")
+        if isinstance(fault, SlotdError):
+            return fault.exit
         return 0 if fault is None else 70
 
     async def _start(self, stack: AsyncExitStack) -> Tasks:

@@ -6,10 +6,15 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
+import structlog
+
 from agent.config import Config
+from agent.errors import PullerDied
 from agent.images.layout import Store
 from agent.images.pull import pull, resolve, unpack
 from agent.model.spec import Model
+
+log = structlog.get_logger(__name__)
 
 
 class ImageSource:
@@ -28,8 +33,12 @@ class ImageSource:
         return await resolve(reference, self.config.images, digest=digest, store=self.store)
 
     async def fetch(self, reference: str, digest: str, progress: Callable[[dict[str, Any]], None]) -> None:
-        """All blobs into the store."""
-        await pull(reference, digest, self.store, self.config.images, progress)
+        """All blobs into the store. A puller that was killed goes on where it stopped, once."""
+        try:
+            await pull(reference, digest, self.store, self.config.images, progress)
+        except PullerDied as error:
+            log.warning("puller_died", reference=reference, error=str(error))
+            await pull(reference, digest, self.store, self.config.images, progress)
 
     async def unpack(self, reference: str, digest: str) -> None:
         """The model's files onto the disk."""
