@@ -49,6 +49,10 @@ class SlotdError(Exception):
                 document[key] = value
         return document
 
+    def forget_frames(self) -> None:
+        """For an error that is kept: its traceback would keep alive all that its frames held, executors and tensors."""
+        self.__traceback__ = self.__context__ = self.__cause__ = None
+
 
 # --- what somebody sent us -------------------------------------------------------------------------------------------
 

@@ -329,6 +329,7 @@ class Deployments:
             except Exception as fault:
                 error = _known(fault, str(deployment.phase))
             if error is not None:
+                error.forget_frames()
                 log.warning("deployment_failed", deployment=deployment.id, phase=deployment.phase, error=str(error))
                 outcome = self.arbiter.failed(turn, error)
                 if outcome is None:
