@@ -22,7 +22,7 @@ from support.host import Host
 from support.images import compress, file_member, make_image, make_image_of_tars, member, pack_tar
 from support.mosquitto import free_port
 from support.tiny import accelerator_of, endless, huge, linear, on_signal, write_model
-from support.unharmed import Watch, X, all_unharmed, probed_host, unharmed
+from support.unharmed import Watch, X, all_unharmed, probed_host, rss_of, unharmed
 
 from agent.errors import InvalidInput
 from drivers.simulated import write_bitstream
@@ -314,6 +314,23 @@ def check(done: dict[str, Any], case: Case) -> None:
     text = f"{error['message']} | {error.get('hint')}"
     assert all(word in text for word in case.words), text
     assert case.where is None or case.where in (error.get("field") or ""), error
+
+
+def test_what_has_failed_is_forgotten(tmp_path: Path) -> None:
+    """Golden cases of 8 MiB, again and again: the agent keeps the deployments' documents, not what they held."""
+    x = np.random.default_rng(5).integers(0, 9, (1 << 18, 4)).astype(np.float32)
+    with Host(tmp_path) as host:
+        folder = write_model(tmp_path / "heavy", version="9")
+        for name, array in (("x0", x), ("y0", x * 2)):  # it would be x * 2 + 1
+            np.save(folder / f"{name}.npy", array)
+        make_image(host.layout, "heavy:1", {f"models/{path.name}": path.read_bytes() for path in folder.iterdir()})
+        sizes = []
+        for _ in range(7):
+            done = host.deploy("heavy:1")
+            assert (done["outcome"], done["error"]["code"]) == ("failed", "PROOF_FAILED"), done
+            sizes.append(rss_of(host))
+    print("agent:", [f"{size >> 20} MiB" for size in sizes])
+    assert sizes[-1] < sizes[0] + (24 << 20)  # what is freed is kept for the next message, once
 
 
 def test_another_digest_than_the_tag_has(host: Host) -> None:
