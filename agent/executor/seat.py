@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import math
+import signal
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from agent.errors import Unavailable
+from agent.errors import ExecutorDied, ExecutorError, Unavailable
 from agent.executor.client import Call, Region, Reply, Worker
 from agent.model.signature import DType, Signature, Strings, Tensor, signature_from
 from agent.model.spec import Model
@@ -37,12 +39,34 @@ class Decoders:
 
     def __init__(self) -> None:
         self.workers: list[Worker] = []
+        self._kept = False
+        self._hopeless = False
+        self._changed = asyncio.Event()
+
+    def change(self, *, kept: bool = True, hopeless: bool = False) -> None:
+        """One is there again, or cannot be started; `kept`: whether those that end are started again."""
+        self._kept, self._hopeless = kept, hopeless
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def _alive(self, deadline_ns: int) -> list[Worker]:
+        """Those that run; waits for one that is being started again."""
+        while not (alive := [worker for worker in self.workers if worker.alive]):
+            if not self._kept:
+                raise ExecutorDied("the decoders have ended")
+            left = deadline_ns / 1e9 - time.monotonic()
+            if self._hopeless or left <= 0:
+                raise Unavailable("the decoders are being restarted", retry_after=0.5)
+            try:
+                async with asyncio.timeout(left):
+                    await self._changed.wait()
+            except TimeoutError:
+                continue
+        return alive
 
     async def decode(self, pictures: Strings, deadline_ns: int, nbytes: int) -> Reply:
         """The pictures as one tensor in a decoder's memory. Raises InvalidInput, ExecutorDied, Unavailable."""
-        alive = [worker for worker in self.workers if worker.alive]
-        if not alive:
-            raise Unavailable("the decoders are being restarted", retry_after=0.5)
+        alive = await self._alive(deadline_ns)
         worker = min(alive, key=lambda one: one.in_flight)
         call = worker.submit([(0, pictures)], deadline_ns=deadline_ns, reserve=[nbytes])
         try:
@@ -68,7 +92,15 @@ class Seat:
 
     @classmethod
     def of(cls, model: Model, on: str, worker: Worker, decoders: Decoders) -> Seat:
-        """From what the child said when it was ready."""
+        """From what the child said when it was ready. Raises ExecutorError if that is nonsense; it is killed then."""
+        try:
+            return cls._of(model, on, worker, decoders)
+        except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
+            worker.signal(signal.SIGKILL)
+            raise ExecutorError(f"the {worker.role} child of {model.name} says nonsense of itself: {error!r}") from None
+
+    @classmethod
+    def _of(cls, model: Model, on: str, worker: Worker, decoders: Decoders) -> Seat:
         ready = worker.ready
         signature = signature_from(ready["signature"])
         outputs = [str(name) for name in ready["output_names"]]

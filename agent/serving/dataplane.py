@@ -1,7 +1,7 @@
 """Predict, free of any wire format: check, queue, prepare, compute, survive what breaks on the way.
 
 A request is bound to one model when it is handed to an executor. What happens then:
-- no answer from the slot in time: the bridge computes it too, the first answer wins;
+- no answer from the slot in time, or the device fails: the bridge computes it too, the first answer wins;
 - the executor ends with it in hand: it is tried again, alone, in a disposable executor (`trials`).
 """
 
@@ -17,7 +17,16 @@ from typing import Protocol
 import structlog
 
 from agent.config import ServingConfig
-from agent.errors import DeadlineExceeded, ExecutorDied, InvalidInput, NotFound, Poison, SlotdError, Unavailable
+from agent.errors import (
+    DeadlineExceeded,
+    ExecutorDied,
+    InvalidInput,
+    NotFound,
+    Poison,
+    SlotdError,
+    SlotError,
+    Unavailable,
+)
 from agent.executor.client import Call, Reply
 from agent.executor.seat import Prepared, Seat
 from agent.model.signature import Tensor
@@ -82,13 +91,14 @@ class Answer:
 class Retrier(Protocol):
     """What runs a request again whose executor ended (see trials)."""
 
-    def known(self, inputs: Mapping[str, Tensor]) -> SlotdError | None:
-        """The error for a request that is known to end every executor."""
+    async def known(self, digest: str, inputs: Mapping[str, Tensor]) -> SlotdError | None:
+        """The error for a request that is known to end every executor of a model; inputs by the model's names."""
 
     async def retry(
         self, seat: Seat, inputs: Mapping[str, Tensor], prepared: Prepared | None, deadline: float
     ) -> tuple[Seat, Reply]:
-        """Its answer from a disposable executor. Raises Poison, DeadlineExceeded or what the executor said."""
+        """Its answer from a disposable executor; releases `prepared`. Raises Poison, DeadlineExceeded or what the
+        executor said."""
 
 
 @dataclass
@@ -108,7 +118,7 @@ class Counters:
 
 @dataclass(frozen=True)
 class Trouble:
-    """Something that speaks against an executor. `kind` is hang, internal or slow."""
+    """Something that speaks against an executor. `kind` is slot (it hangs, its device fails) or internal."""
 
     kind: str
     key: int
@@ -132,6 +142,7 @@ class Dataplane:
     _listeners: list[Callable[[], None]] = field(default_factory=list)
     _troubles: list[Callable[[Trouble], None]] = field(default_factory=list)
     _silent: dict[int, set[Call]] = field(default_factory=dict)
+    _faults: dict[int, int] = field(default_factory=dict)
     _last: object = None
     _hold: asyncio.TimerHandle | None = None
     _arrivals: float = 0.0
@@ -149,6 +160,7 @@ class Dataplane:
         self.seats.pop(key, None)
         self.admission.remove(key)
         self._silent.pop(key, None)
+        self._faults.pop(key, None)
         self.pump()
 
     def busy(self, key: int) -> int:
@@ -235,12 +247,16 @@ class Dataplane:
         deadline = now + timeout
         answerer = self.arbiter.answerer()
         if isinstance(answerer, Answerer) and answerer.key in self.seats:
-            self._bind(request, self.seats[answerer.key])
-        if self.retrier is not None and (known := self.retrier.known(request.inputs)) is not None:
-            raise known
-        ticket = self.admission.admit(now, deadline, request.priority, answerer)
-        place = await self._turn(ticket)
-        return await self._compute(request, place, deadline)
+            await self._checked(request, self.seats[answerer.key])
+        while True:
+            ticket = self.admission.admit(now, deadline, request.priority, self.arbiter.answerer())
+            answer = await self._compute(request, await self._turn(ticket), deadline)
+            if answer is not None:
+                return answer
+            # Its executor was taken away, which is no fault of the request's: from the start, in the same time.
+            now = self.clock()
+            if now >= deadline:
+                raise DeadlineExceeded("the deadline passed during a swap")
 
     async def _turn(self, ticket: Ticket) -> Place:
         """Waits for an executor to be free. The place that comes back is counted busy."""
@@ -261,31 +277,38 @@ class Dataplane:
         finally:
             del self._waiters[ticket]
 
-    async def _compute(self, request: Request, place: Place, deadline: float) -> Answer:
-        """Owns one unit of `place.busy`, and gives it back when the executor is done with it."""
+    async def _compute(self, request: Request, place: Place, deadline: float) -> Answer | None:
+        """None if the executor was taken away from it. Owns one unit of `place.busy`, and gives it back when the
+        executor is done with it."""
         seat = self.seats.get(place.key)
         if seat is None:  # it ended between the hand-over and now
             self._ended(place, None)
-            return await self._predict_again(request, deadline)
+            return None
         owned = True
         prepared: Prepared | None = None
         try:
-            inputs = self._bind(request, seat)
+            inputs = await self._checked(request, seat)
             wanted = bind_outputs(seat.signature, request.outputs)
             try:
                 prepared = await seat.prepare(inputs, _ns(deadline))
                 started = self.clock()
-                call = seat.submit(prepared, _ns(deadline))
+                call = self._submit(seat, prepared, deadline)
+                if call is None:
+                    return None
                 owned = False
                 call.ended.add_done_callback(lambda _: self._ended(place, self._latency(call, started)))
                 served, reply = await self._race(call, seat, place, prepared, deadline)
             except ExecutorDied:
                 if seat.retired:
-                    return await self._predict_again(request, deadline)
+                    return None
                 if self.retrier is None:
                     raise
+                if owned:
+                    owned = False
+                    self._ended(place, None)
                 self.counters.retried += 1
-                served, reply = await self.retrier.retry(seat, inputs, prepared, deadline)
+                handed, prepared = prepared, None
+                served, reply = await self.retrier.retry(seat, inputs, handed, deadline)
         except SlotdError as error:
             # What one request did speaks against that request alone.
             if error.grpc == "INTERNAL" and not isinstance(error, Poison):
@@ -300,59 +323,70 @@ class Dataplane:
             served, reply, served.on, {name: reply.outputs[served.outputs.index(own)] for name, own in wanted.items()}
         )
 
-    async def _predict_again(self, request: Request, deadline: float) -> Answer:
-        """From the start, within the same deadline: its executor was taken away, which is no fault of the request's."""
-        now = self.clock()
-        if now >= deadline:
-            raise DeadlineExceeded("the deadline passed during a swap")
-        ticket = self.admission.admit(now, deadline, request.priority, self.arbiter.answerer())
-        return await self._compute(request, await self._turn(ticket), deadline)
+    def _submit(self, seat: Seat, prepared: Prepared, deadline: float) -> Call | None:
+        """None if the executor has ended: it has not seen this request, which is therefore under no suspicion."""
+        try:
+            return seat.submit(prepared, _ns(deadline))
+        except ExecutorDied:
+            self.unseat(seat.key)
+            return None
 
     async def _race(
         self, call: Call, seat: Seat, place: Place, prepared: Prepared, deadline: float
     ) -> tuple[Seat, Reply]:
-        """The first answer: of the slot, or of the bridge if the slot is silent for too long."""
-        rival: Call | None = None
-        rival_seat = seat
+        """The first answer: of the slot, or of the bridge if the slot is silent for too long or fails."""
+        rival: tuple[Seat, Call] | None = None
         suspect_at: float | None = None
         try:
             if seat.on == On.SLOT.value:
                 patience = _patience(place)
                 suspect_at = self.clock() + patience
-                # A request that cannot wait so long is computed twice sooner, which says nothing about the slot.
-                await asyncio.wait((call.result,), timeout=min(patience, (deadline - self.clock()) / 2))
-                if not call.result.done() and self.clock() >= suspect_at - TICK:
-                    rival_seat, rival = self._hedge(seat, prepared, deadline) or (seat, None)
+                await asyncio.wait((call.result,), timeout=min(patience, deadline - self.clock()))
+                if self._device_failed(call, seat) or (
+                    not call.result.done() and self.clock() >= suspect_at - TICK
+                ):  # what cannot wait so long is not computed twice
+                    rival = self._hedge(seat, prepared, deadline)
             if rival is None:
                 await asyncio.wait((call.result,), timeout=deadline - self.clock())
-                return seat, self._outcome(call, seat, suspect_at=suspect_at)
-            await asyncio.wait(
-                (call.result, rival.result), timeout=deadline - self.clock(), return_when=asyncio.FIRST_COMPLETED
-            )
-            if rival.result.done() and not call.result.done() and rival.result.exception() is not None:
-                await asyncio.wait((call.result,), timeout=deadline - self.clock())
-            if call.result.done() and call.result.exception() is None:
-                return seat, self._outcome(call, seat)
-            if not rival.result.done():  # the slot failed: the bridge decides
-                await asyncio.wait((rival.result,), timeout=deadline - self.clock())
-            if suspect_at is not None:
+                if call.result.done():
+                    return seat, call.result.result()
+                raise DeadlineExceeded("the deadline passed while the model ran")
+            return await self._first(call, seat, *rival, deadline)
+        finally:  # also if it was cancelled: the client's own timer may be quicker than ours
+            if suspect_at is not None and not call.ended.done():
                 self._await_end(call, seat, suspect_at)
-            return rival_seat, self._outcome(rival, rival_seat)
-        except asyncio.CancelledError:  # the client's own timer may be quicker than ours
-            if suspect_at is not None:
-                self._await_end(call, seat, suspect_at)
-            raise
-        finally:
             call.cancel()
             if rival is not None:
-                rival.cancel()
+                rival[1].cancel()
 
-    def _outcome(self, call: Call, seat: Seat, *, suspect_at: float | None = None) -> Reply:
-        if not call.result.done():
-            if suspect_at is not None:
-                self._await_end(call, seat, suspect_at)
+    async def _first(self, call: Call, seat: Seat, bridge: Seat, rival: Call, deadline: float) -> tuple[Seat, Reply]:
+        waiting = {call.result, rival.result}
+        while waiting and (left := deadline - self.clock()) > 0:
+            done, waiting = await asyncio.wait(waiting, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            if call.result in done and call.result.exception() is None:
+                return seat, call.result.result()
+            if rival.result in done:
+                error = rival.result.exception()
+                # An answer, the model's own refusal, or a death, which makes it a suspect: the slot may be silent for
+                # ever. What else is wrong with the bridge says nothing about the slot's answer.
+                if error is None or isinstance(error, InvalidInput | ExecutorDied):
+                    return bridge, rival.result.result()
+        if waiting:
             raise DeadlineExceeded("the deadline passed while the model ran")
-        return call.result.result()
+        return seat, call.result.result()
+
+    def _device_failed(self, call: Call, seat: Seat) -> bool:
+        """Whether the slot has answered with a fault of its own; two in a row make it suspect."""
+        error = call.result.exception() if call.result.done() else None
+        if not isinstance(error, SlotError):
+            if call.result.done() and error is None:
+                self._faults.pop(seat.key, None)
+            return False
+        if self.seats.get(seat.key) is seat:
+            self._faults[seat.key] = self._faults.get(seat.key, 0) + 1
+            if self._faults[seat.key] >= 2:
+                self._trouble("slot", seat, error)
+        return True
 
     def _hedge(self, seat: Seat, prepared: Prepared, deadline: float) -> tuple[Seat, Call] | None:
         """The same request on the bridge of the same model, if there is time for that."""
@@ -398,11 +432,18 @@ class Dataplane:
     def _confirm_hang(self, seat: Seat, silent: frozenset[Call]) -> None:
         if self.seats.get(seat.key) is seat and len(silent & self._silent.get(seat.key, set())) >= 2:
             error = Unavailable("the slot left two requests in a row unanswered", code="DEVICE_HUNG")
-            self._trouble("hang", seat, error)
+            self._trouble("slot", seat, error)
 
     def _trouble(self, kind: str, seat: Seat, error: SlotdError) -> None:
         for callback in tuple(self._troubles):
             callback(Trouble(kind, seat.key, seat.model.digest, error))
+
+    async def _checked(self, request: Request, seat: Seat) -> dict[str, Tensor]:
+        """The inputs by the model's names. Raises NotFound, InvalidInput, Poison."""
+        inputs = self._bind(request, seat)
+        if self.retrier is not None and (known := await self.retrier.known(seat.model.digest, inputs)) is not None:
+            raise known
+        return inputs
 
     def _bind(self, request: Request, seat: Seat) -> dict[str, Tensor]:
         model = seat.model

@@ -1,6 +1,8 @@
 """Requests whose executor ended: each is tried again, alone, in a disposable executor.
 
 A request that ends that one too is poison: only its sender gets an error, and the same bytes are refused for a while.
+A trial goes on for a moment when its sender has gone, or a request with a short deadline could end one executor after
+the other and never be found out; nobody gets that answer.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
+import zlib
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -22,12 +25,18 @@ from agent.model.signature import Strings, Tensor
 
 log = structlog.get_logger(__name__)
 
-Sketch: TypeAlias = tuple[tuple[str, tuple[int, ...], int], ...]
+Sketch: TypeAlias = tuple[str, tuple[tuple[str, tuple[int, ...], int], ...]]
 Spawn: TypeAlias = Callable[[Seat, bool], Awaitable[Seat]]
 Discard: TypeAlias = Callable[[Seat], Awaitable[None]]
 
 KEEP_IDLE = 5.0
 """Seconds that a disposable executor is kept for the next suspect."""
+VERDICT = 5.0
+"""Seconds after an executor's end in which its suspects are tried even if nobody waits for the answer any more."""
+SAMPLE = 1024
+"""Bytes at either end of a tensor by which most requests are told from poison."""
+MAX_SUSPECTS = 100
+"""Dead executors that are remembered."""
 MAX_POISON = 1000
 SPAWNS = 3
 """How often a disposable executor is started for one suspect."""
@@ -52,8 +61,9 @@ class Trials:
         self._discard = discard
         self._memory = memory
         self._clock = clock
-        self._poison: dict[bytes, float] = {}
-        self._sketches: set[Sketch] = set()
+        self._poison: dict[Sketch, dict[bytes, float]] = {}
+        """Until when a request is refused: by what is quickly seen of it, then by all of its bytes."""
+        self._trials: set[asyncio.Task[tuple[Seat, Reply]]] = set()
         self._suspects: dict[int, _Suspects] = {}
         self._turn = asyncio.Lock()
         self._spare: Seat | None = None
@@ -61,11 +71,14 @@ class Trials:
         self.tried = 0
         self.found = 0
 
-    def known(self, inputs: Mapping[str, Tensor]) -> SlotdError | None:
-        """The error for bytes that ended two executors lately; None for all others."""
-        if not self._poison or _sketch(inputs) not in self._sketches:
+    async def known(self, digest: str, inputs: Mapping[str, Tensor]) -> SlotdError | None:
+        """The error for bytes that ended two executors of this model lately; None for all others."""
+        if not self._poison:
             return None
-        until = self._poison.get(_fingerprint(inputs))
+        found = self._poison.get(_sketch(digest, inputs))
+        if found is None:
+            return None
+        until = found.get(await asyncio.to_thread(_fingerprint, inputs))
         if until is None or until < self._clock():
             return None
         return Poison(
@@ -79,26 +92,52 @@ class Trials:
     ) -> tuple[Seat, Reply]:
         """The answer of a disposable executor. Raises Poison, DeadlineExceeded, or what the model says of the request.
 
-        `prepared` None: the decoder died, so a disposable one decodes again.
+        `prepared` is released here; None: the decoder died, so a disposable one decodes again.
         """
-        suspects = self._suspects.setdefault(seat.key, _Suspects())
+        self.tried += 1
+        trial = asyncio.create_task(self._trial(seat, inputs, prepared, deadline), name="trial")
+        self._trials.add(trial)
+        trial.add_done_callback(self._trials.discard)
+        try:
+            async with asyncio.timeout(max(0.0, deadline - self._clock())):
+                return await asyncio.shield(trial)
+        except TimeoutError:
+            raise _too_late() from None
+        finally:
+            if not trial.done():
+                trial.add_done_callback(_throw_away)
+
+    async def _trial(
+        self, seat: Seat, inputs: Mapping[str, Tensor], prepared: Prepared | None, deadline: float
+    ) -> tuple[Seat, Reply]:
+        suspects = self._suspects_of(seat)
         suspects.open += 1
         suspects.settled.clear()
-        self.tried += 1
+        until = max(deadline, self._clock() + VERDICT)
         try:
-            async with asyncio.timeout(max(0.0, deadline - self._clock())), self._turn:
-                return await self._try(seat, inputs, prepared, deadline)
+            async with asyncio.timeout(until - self._clock()), self._turn:
+                return await self._try(seat, inputs, prepared, until)
         except TimeoutError:
-            raise DeadlineExceeded("the executor ended and the deadline passed before another could answer") from None
+            raise _too_late() from None
         except Poison:
             suspects.poison += 1
             self.found += 1
-            await self._remember(inputs)
+            await self._remember(seat.model.digest, inputs)
             raise
         finally:
+            if prepared is not None:
+                prepared.release()
             suspects.open -= 1
             if suspects.open == 0:
                 suspects.settled.set()
+
+    def _suspects_of(self, seat: Seat) -> _Suspects:
+        """Those that had to do with its end. It lives if it was a decoder or a bridge beside it that ended."""
+        if seat.worker.alive:
+            return _Suspects()
+        if len(self._suspects) >= MAX_SUSPECTS and seat.key not in self._suspects:
+            self._suspects = {key: one for key, one in self._suspects.items() if one.open}
+        return self._suspects.setdefault(seat.key, _Suspects())
 
     async def verdict(self, key: int, *, timeout: float = 30.0) -> bool:
         """Whether the death of executor `key` was the doing of one request; waits for the trials of all suspects."""
@@ -115,10 +154,14 @@ class Trials:
         return suspects.poison > 0
 
     async def close(self) -> None:
-        """Ends the disposable executor."""
+        """Ends the trials and the disposable executor."""
+        for trial in self._trials:
+            trial.cancel()
+        await asyncio.gather(*self._trials, return_exceptions=True)
         async with self._turn:
             if self._reaper is not None:
                 self._reaper.cancel()
+                await asyncio.wait((self._reaper,))
             await self._drop()
 
     async def _try(
@@ -179,18 +222,33 @@ class Trials:
         spare, self._spare = self._spare, None
         if spare is not None:
             spare.retired = True
-            await self._discard(spare)
+            try:
+                await self._discard(spare)
+            except SlotdError as error:  # it is nobody's fault who waits for his turn
+                log.error("disposable_stuck", model=spare.model.name, error=str(error))
 
-    async def _remember(self, inputs: Mapping[str, Tensor]) -> None:
+    async def _remember(self, digest: str, inputs: Mapping[str, Tensor]) -> None:
+        fingerprint = await asyncio.to_thread(_fingerprint, inputs)
         now = self._clock()
-        if len(self._poison) >= MAX_POISON or any(until < now for until in self._poison.values()):
-            self._poison = {key: until for key, until in self._poison.items() if until >= now}
-            if len(self._poison) >= MAX_POISON:
-                self._poison.pop(next(iter(self._poison)))
-        self._poison[await asyncio.to_thread(_fingerprint, inputs)] = now + self._memory
-        self._sketches.add(_sketch(inputs))
-        if len(self._suspects) > 100:
-            self._suspects = {key: one for key, one in self._suspects.items() if one.open}
+        kept = {
+            sketch: left
+            for sketch, found in self._poison.items()
+            if (left := {key: until for key, until in found.items() if until >= now})
+        }
+        while sum(map(len, kept.values())) >= MAX_POISON:
+            kept.pop(next(iter(kept)))
+        kept.setdefault(_sketch(digest, inputs), {})[fingerprint] = now + self._memory
+        self._poison = kept
+
+
+def _too_late() -> SlotdError:
+    return DeadlineExceeded("the executor ended and the deadline passed before another could answer")
+
+
+def _throw_away(trial: asyncio.Task[tuple[Seat, Reply]]) -> None:
+    """Its sender has gone; what there was to learn from it has been learnt."""
+    if not trial.cancelled() and trial.exception() is None:
+        trial.result()[1].release()
 
 
 def _fits(spare: Seat, seat: Seat, *, decodes: bool) -> bool:
@@ -201,9 +259,18 @@ def _fits(spare: Seat, seat: Seat, *, decodes: bool) -> bool:
     return own == decodes and (not own or all(worker.alive for worker in spare.decoders.workers))
 
 
-def _sketch(inputs: Mapping[str, Tensor]) -> Sketch:
-    """Cheap, and the same for the same request."""
-    return tuple(sorted((name, tuple(tensor.shape), tensor.nbytes) for name, tensor in inputs.items()))
+def _sketch(digest: str, inputs: Mapping[str, Tensor]) -> Sketch:
+    """Cheap, the same for the same request, and hardly ever the same for another."""
+    return digest, tuple(sorted((name, tuple(tensor.shape), _sample(tensor)) for name, tensor in inputs.items()))
+
+
+def _sample(tensor: Tensor) -> int:
+    if not isinstance(tensor, Strings):
+        return zlib.crc32(tensor.flat[-SAMPLE:].tobytes(), zlib.crc32(tensor.flat[:SAMPLE].tobytes()))
+    if not tensor.items:
+        return 0
+    first, last = tensor.items[0], tensor.items[-1]
+    return zlib.crc32(last[-SAMPLE:], zlib.crc32(first[:SAMPLE], len(first)))
 
 
 def _fingerprint(inputs: Mapping[str, Tensor]) -> bytes:

@@ -22,6 +22,7 @@ from agent.errors import (
     SlotdError,
     StorageError,
 )
+from agent.executor.seat import Seat
 from agent.journal.boot import BootRecord, ModelRef, write_boot
 from agent.journal.database import Journal
 from agent.model.spec import Model
@@ -387,7 +388,7 @@ class Deployments:
             self.installer.trust(resident, proven.report)
             await self._enter(deployment, Phase.SWITCH)
             self.dataplane.changed()
-            await self._probation(deployment, wish, resident)
+            await self._probation(deployment, wish, resident, proven.seat)
             await self._commit(deployment, model)
         return Outcome.COMMITTED
 
@@ -455,12 +456,12 @@ class Deployments:
             await asyncio.sleep(0.005)
         deployment.notes["left_at_drain"] = self.dataplane.busy(seat.key)
 
-    async def _probation(self, deployment: Deployment, wish: Wish, resident: Resident) -> None:
+    async def _probation(self, deployment: Deployment, wish: Wish, resident: Resident, seat: Seat) -> None:
         """The new model serves; it goes on when enough time and requests have gone well."""
         await self._enter(deployment, Phase.PROBATION)
         rules = self.config.swap.probation
         watch = Probation(rules, self.arbiter, self.dataplane, self.installer, self.trials, resident)
-        await watch.watch(deployment, rules.duration if wish.probation is None else wish.probation)
+        await watch.watch(deployment, rules.duration if wish.probation is None else wish.probation, seat)
 
     async def _commit(self, deployment: Deployment, model: Model | None) -> None:
         """boot.json names the new model: from here on it is what the host boots into."""

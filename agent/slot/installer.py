@@ -8,12 +8,12 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 
 from agent.config import Config
-from agent.errors import ExecutorDied, ProofFailed, Refused, SlotdError, SlotError
+from agent.errors import ExecutorDied, ProofFailed, Refused, SlotdError, SlotError, StorageError
 from agent.executor.client import Worker, launch_model
 from agent.executor.programmer import run_programmer
 from agent.executor.seat import Seat
@@ -28,10 +28,15 @@ from drivers.base import Driver, SlotHealth, SlotState, Wanted
 
 log = structlog.get_logger(__name__)
 
+T = TypeVar("T")
 Enter = Callable[[Phase], Awaitable[None]]
 DeathListener = Callable[[Seat, SlotdError], None]
 SLOT_RECORD = "slot"
 """Journal key of what this boot has programmed: boot id, bitstream hash, accelerator id."""
+BRIDGE_BACK = 10.0
+"""Seconds that a proof waits for a bridge that is being restarted; then the golden cases alone must do."""
+DRIVER_ANSWERS = 5.0
+"""Seconds after which a driver that was asked for state or sensors is taken to hang."""
 UNFIT = ("INCOMPATIBLE_BITSTREAM", "WRONG_ACCELERATOR")
 """What a driver's check says of a bitstream that this slot can never take."""
 
@@ -63,6 +68,8 @@ class Installer:
         self.proven_at: datetime | None = None
         self.on_death: list[DeathListener] = []
         self._watch: asyncio.Task[None] | None = None
+        self._record_holds = True
+        self._asked: dict[str, asyncio.Future[Any]] = {}
 
     async def check(self, model: Model) -> None:
         """Whether the driver takes the model's bitstream; the slot is not touched. Raises Refused, SlotError."""
@@ -122,10 +129,10 @@ class Installer:
             "bitstream": wanted.bitstream_sha256,
             "accelerator": wanted.accelerator,
         }
-        if not force and self.state.accelerator == wanted.accelerator and await self.journal.get(SLOT_RECORD) == record:
+        if not force and self.state.accelerator == wanted.accelerator and await self._recorded() == record:
             log.info("programming_skipped", accelerator=wanted.accelerator)
             return
-        await self.journal.put(SLOT_RECORD, None)
+        await self._record(None)
         bitstream = model.folder / section.bitstream
         self.state = await self._programmer("program", bitstream, wanted)
         if self.state.accelerator != wanted.accelerator:
@@ -135,7 +142,24 @@ class Installer:
                 code="WRONG_ACCELERATOR",
                 hint="the bitstream in the image is not the one that model.yaml names",
             )
-        await self.journal.put(SLOT_RECORD, record)
+        await self._record(record)
+
+    async def _recorded(self) -> object:
+        """What was programmed last; None if that is not known."""
+        try:
+            return await self.journal.get(SLOT_RECORD) if self._record_holds else None
+        except StorageError:
+            return None
+
+    async def _record(self, record: dict[str, Any] | None) -> None:
+        """A disk that fails costs a programming that could have been skipped, not the slot."""
+        self._record_holds = False
+        try:
+            await self.journal.put(SLOT_RECORD, record)
+        except StorageError as error:
+            log.error("slot_record_not_written", error=str(error))
+        else:
+            self._record_holds = True
 
     async def load(self, resident: Resident) -> Seat:
         """The slot executor of a model, loaded and unproven. Raises ExecutorError, SlotError."""
@@ -155,7 +179,8 @@ class Installer:
         timeout = self.config.slot.prove_timeout
         try:
             async with asyncio.timeout(timeout):
-                self.last_proof = await prove_seat(seat, resident.bridge, self.driver, self.config, seed=seed)
+                reference = await self._reference(resident)
+                self.last_proof = await prove_seat(seat, reference, self.driver, self.config, seed=seed)
         except TimeoutError:
             raise ProofFailed(
                 f"the slot did not answer its proof within {timeout:g} s",
@@ -167,6 +192,16 @@ class Installer:
             raise ExecutorDied("the slot executor ended during the proof")
         return report
 
+    async def _reference(self, resident: Resident) -> Seat | None:
+        """The model's bridge, once it is back if it is being restarted: without it the proof is a lesser one."""
+        until = asyncio.get_running_loop().time() + BRIDGE_BACK
+        while resident.bridge is None and resident.model.spec.has_bridge:
+            if asyncio.get_running_loop().time() > until:
+                log.warning("proof_without_bridge", model=resident.model.name)
+                break
+            await asyncio.sleep(0.05)
+        return resident.bridge
+
     def trust(self, resident: Resident, report: ProofReport) -> None:
         """The slot answers clients from now on, if the arbiter's turn says that its model does."""
         assert self.seat is not None
@@ -177,14 +212,13 @@ class Installer:
 
     async def reset(self, level: str) -> None:
         """`port` or `function`; raises SlotError."""
+        await self._record(None)
         await self._programmer(f"reset-{level}", None, Wanted())
-        await self.journal.put(SLOT_RECORD, None)
 
     async def probe(self) -> SlotState:
         """What the slot says of itself; a driver that fails says that it is absent."""
         try:
-            async with asyncio.timeout(5.0):
-                return await asyncio.to_thread(self.driver.probe)
+            return await self._ask_driver("probe", self.driver.probe)
         except TimeoutError:
             return SlotState(present=False, detail="the driver does not answer")
         except Exception as error:  # a driver is third-party code; its bug is the slot's absence, and is reported
@@ -194,10 +228,24 @@ class Installer:
     async def read_health(self) -> SlotHealth:
         """The slot's sensors; a driver that fails says so in `errors`."""
         try:
-            async with asyncio.timeout(5.0):
-                return await asyncio.to_thread(self.driver.health)
+            return await self._ask_driver("health", self.driver.health)
+        except TimeoutError:
+            return SlotHealth(errors=("the driver does not answer",))
         except Exception as error:  # third-party code, and a device that may be gone
             return SlotHealth(errors=(f"{type(error).__name__}: {error}",))
+
+    async def _ask_driver(self, what: str, ask: Callable[[], T]) -> T:
+        """In a thread; one that a hanging device has taken is waited for, and no second one given after it.
+
+        Raises TimeoutError, or what the driver raises.
+        """
+        asked = self._asked.get(what)
+        if asked is None or asked.done():
+            asked = self._asked[what] = asyncio.get_running_loop().run_in_executor(None, ask)
+            asked.add_done_callback(lambda done: done.cancelled() or done.exception())
+        async with asyncio.timeout(DRIVER_ANSWERS):
+            answer: T = await asyncio.shield(asked)
+            return answer
 
     async def close(self) -> None:
         """Ends the slot executor."""
@@ -256,10 +304,17 @@ async def prove_seat(
 
 
 def wanted_of(model: Model) -> Wanted:
-    """What must be in the slot for a model. Reads the bitstream to hash it."""
+    """What must be in the slot for a model. Reads the bitstream to hash it. Raises StorageError."""
     section = model.spec.slot
     if section is None:
         return Wanted()
-    with (model.folder / section.bitstream).open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with (model.folder / section.bitstream).open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise StorageError(
+            f"the bitstream cannot be read: {error.strerror}",
+            field=str(model.folder / section.bitstream),
+            hint="check the disk; deploy the model again",
+        ) from error
     return Wanted(section.interface, section.accelerator, digest)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 
 from agent.config import Config
-from agent.errors import Refused
+from agent.errors import ExecutorError, Refused
+from agent.executor.seat import Seat
 from agent.model.spec import Model
 from agent.model.wish import Wish
 from agent.serving.dataplane import Dataplane
@@ -55,27 +57,38 @@ async def preflight(
     """
     known = model.digest in residents.models
     resident = await residents.admit(model, idle=True)
-    bridge = resident.bridge
-    if bridge is None:
+    if committed is not None:
+        _check_signature(config, wish, committed, resident)
+    if not model.spec.has_bridge:
         return resident
+    bridge = await _bridge(config, resident)
     deployment.notes["capacity_per_s"] = round(1.0 / resident.service, 1)
     if not known:
         report = await prove_seat(bridge, None, driver, config, seed=0)
         deployment.notes["preflight"] = report.as_dict()
     if committed is not None:
-        _check_signature(config, wish, committed, resident)
         await _check_load(config, dataplane, deployment, committed)
     await asyncio.to_thread(_check_memory, model, int(bridge.worker.ready.get("rss_bytes", 0)))
     return resident
+
+
+async def _bridge(config: Config, resident: Resident) -> Seat:
+    """The model's bridge; one that was resident before may be being restarted just now. Raises ExecutorError."""
+    until = time.monotonic() + config.slot.load_timeout
+    while resident.bridge is None:
+        if time.monotonic() > until:
+            raise ExecutorError("the model's CPU executor does not come back", code="LOAD_TIMEOUT")
+        await asyncio.sleep(0.05)
+    return resident.bridge
 
 
 def _check_signature(config: Config, wish: Wish, committed: Resident, resident: Resident) -> None:
     allowed = wish.allow_signature_change
     if config.swap.allow_signature_change if allowed is None else allowed:
         return
-    if committed.bridge is None or resident.bridge is None:
+    if committed.signature is None or resident.signature is None:
         return
-    differences = committed.bridge.signature.differences(resident.bridge.signature)
+    differences = committed.signature.differences(resident.signature)
     if differences:
         raise Refused(
             f"clients of {committed.model.name} would break: {'; '.join(differences[:4])}",

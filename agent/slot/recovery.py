@@ -80,7 +80,7 @@ class Recovery:
 
     def doubt(self, trouble: Trouble) -> None:
         """The slot hangs: outside a deployment that is ours to mend."""
-        if trouble.kind != "hang" or self.arbiter.swapping:
+        if trouble.kind != "slot" or self.arbiter.swapping:
             return
         if self.arbiter.slot_doubted(trouble.key, trouble.error):
             self.tell("slot_suspect", {"reason": trouble.error.as_dict()})
@@ -157,6 +157,8 @@ class Recovery:
             resident = self.residents.models.get(self.arbiter.committed or "")
             if slot is None or seat is None or not slot.trusted or resident is None or seat.key != slot.key:
                 return
+            if self.arbiter.swapping or slot.digest != self.arbiter.committed:
+                return  # the slot's turn came while this one waited
             loop = asyncio.get_running_loop()
             until = loop.time() + IDLE_WITHIN
             while self.dataplane.busy(seat.key) and loop.time() < until:  # noqa: ASYNC110  # idleness has no event

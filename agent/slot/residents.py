@@ -10,9 +10,10 @@ from typing import Any
 import structlog
 
 from agent.config import Config
-from agent.errors import ExecutorError, SlotdError
+from agent.errors import SlotdError, Unavailable
 from agent.executor.client import DecodedMemory, Worker, launch_decoder, launch_model
 from agent.executor.seat import Decoders, Seat
+from agent.model.signature import Signature
 from agent.model.spec import Model
 from agent.serving.dataplane import Dataplane
 from agent.slot.arbiter import Arbiter, On
@@ -36,6 +37,8 @@ class Resident:
     decoders: Decoders = field(default_factory=Decoders)
     memories: list[DecodedMemory] = field(default_factory=list)
     bridge: Seat | None = None
+    signature: Signature | None = None
+    """As clients see it; None if neither model.yaml nor a bridge has told it."""
     service: float = 0.05
     """Seconds that one request takes on the bridge, as measured when it was loaded."""
     idle: bool = False
@@ -61,6 +64,9 @@ class Residents:
         self.arbiter = arbiter
         self.dataplane = dataplane
         self._spawn = spawn
+        self._loading = asyncio.Lock()
+        self._lent: dict[int, DecodedMemory] = {}
+        """What the decoders of disposable executors write to, by the executor's key."""
         self.models: dict[str, Resident] = {}
 
     async def admit(self, model: Model, *, idle: bool = False) -> Resident:
@@ -68,9 +74,13 @@ class Residents:
 
         Raises ExecutorError (with what the child says of the model) and leaves nothing behind.
         """
-        if model.digest in self.models:
+        async with self._loading:  # a deployment and the recovery may want the same
+            if model.digest not in self.models:
+                self.models[model.digest] = await self._load(Resident(model, idle=idle, signature=model.spec.signature))
             return self.models[model.digest]
-        resident = Resident(model, idle=idle)
+
+    async def _load(self, resident: Resident) -> Resident:
+        model = resident.model
         try:
             if model.spec.image is not None:
                 for number in range(self.config.decoder_count):
@@ -83,7 +93,7 @@ class Residents:
             self.arbiter.bridge_gone(model.digest)
             await self._end(resident)
             raise
-        self.models[model.digest] = resident
+        resident.decoders.change(kept=True)
         for number in range(len(resident.decoders.workers)):
             resident.keepers.append(self._spawn(self._keep_decoder(resident, number), f"keep-decoder-{number}"))
         if resident.bridge is not None:
@@ -121,33 +131,36 @@ class Residents:
         """A CPU executor for the model of `seat`, for one request at a time."""
         resident = self.models.get(seat.model.digest)
         if resident is None or not seat.model.spec.has_bridge:
-            raise ExecutorError("the executor ended, and this model has no CPU twin to try the request again on")
-        decoders, maps = resident.decoders, resident.maps
-        memory: DecodedMemory | None = None
-        if own_decoder and seat.model.spec.image is not None:
-            memory = DecodedMemory(self.config.executor.arena)
-            decoders, maps = Decoders(), (memory.fd,)
-            decoders.workers.append(
-                await Worker.start(
-                    launch_decoder(self.config, seat.model, memory, role="disposable-decoder"),
-                    timeout=self.config.slot.load_timeout,
-                )
+            raise Unavailable(
+                "the executor ended, and the request cannot be tried again: the model is not loaded on the CPU",
+                retry_after=1.0,
             )
+        if not (own_decoder and seat.model.spec.image is not None):
+            return await self._start_disposable(seat.model, resident.decoders, resident.maps)
+        memory, decoders = DecodedMemory(self.config.executor.arena), Decoders()
         try:
-            launch = launch_model(self.config, seat.model, "cpu", role="disposable", maps=maps)
-            worker = await Worker.start(launch, timeout=self.config.slot.load_timeout)
+            launch = launch_decoder(self.config, seat.model, memory, role="disposable-decoder")
+            decoders.workers.append(await Worker.start(launch, timeout=self.config.slot.load_timeout))
+            disposable = await self._start_disposable(seat.model, decoders, (memory.fd,))
         except BaseException:
-            if memory is not None:
-                await asyncio.shield(self._stop_decoders(decoders, [memory]))
+            await asyncio.shield(self._stop_decoders(decoders, [memory]))
             raise
-        return Seat.of(seat.model, On.BRIDGE.value, worker, decoders)
+        self._lent[disposable.key] = memory
+        return disposable
+
+    async def _start_disposable(self, model: Model, decoders: Decoders, maps: tuple[int, ...]) -> Seat:
+        launch = launch_model(self.config, model, "cpu", role="disposable", maps=maps)
+        worker = await Worker.start(launch, timeout=self.config.slot.load_timeout)
+        return Seat.of(model, On.BRIDGE.value, worker, decoders)
 
     async def discard_disposable(self, seat: Seat) -> None:
         """Ends it."""
-        resident = self.models.get(seat.model.digest)
-        await seat.worker.stop(grace=self.config.slot.stop_timeout)
-        if resident is None or seat.decoders is not resident.decoders:
-            await self._stop_decoders(seat.decoders, [])
+        memory = self._lent.pop(seat.key, None)
+        try:
+            await seat.worker.stop(grace=self.config.slot.stop_timeout)
+        finally:
+            if memory is not None:
+                await self._stop_decoders(seat.decoders, [memory])
 
     # --- starting and keeping -----------------------------------------------------------------------------------------
 
@@ -155,7 +168,10 @@ class Residents:
         launch = launch_decoder(
             self.config, resident.model, resident.memories[number], role=f"decoder-{number}", idle=resident.idle
         )
-        return await Worker.start(launch, timeout=self.config.slot.load_timeout)
+        worker = await Worker.start(launch, timeout=self.config.slot.load_timeout)
+        if launch.idle and not resident.idle:  # it was lifted meanwhile
+            worker.normal_priority()
+        return worker
 
     async def _start_bridge(self, resident: Resident) -> Seat:
         launch = launch_model(self.config, resident.model, "cpu", role="bridge", maps=resident.maps, idle=resident.idle)
@@ -167,7 +183,9 @@ class Residents:
             seat.retired = True
             await asyncio.shield(worker.stop(grace=self.config.slot.stop_timeout))
             raise
-        resident.bridge = seat
+        resident.bridge, resident.signature = seat, seat.signature
+        if launch.idle and not resident.idle:  # it was lifted meanwhile
+            worker.normal_priority()
         self.dataplane.seat(seat, on=On.BRIDGE, service=resident.service)
         self.arbiter.bridge_ready(resident.model.digest, seat.key)
         return seat
@@ -204,7 +222,7 @@ class Residents:
         self.dataplane.unseat(bridge.key)
 
     async def _keep_decoder(self, resident: Resident, number: int) -> None:
-        delay = 0.0
+        delay, failures = 0.0, 0
         loop = asyncio.get_running_loop()
         while True:
             born = loop.time()
@@ -217,19 +235,32 @@ class Residents:
                     resident.decoders.workers[number] = await self._start_decoder(resident, number)
                     break
                 except SlotdError as error:
-                    log.error("decoder_restart_failed", model=resident.model.name, error=str(error))
+                    failures += 1
+                    log.error("decoder_restart_failed", model=resident.model.name, error=str(error), failures=failures)
                     delay = min(RESTART_MAX, max(RESTART_FIRST, delay * 2))
+                    resident.decoders.change(hopeless=failures >= HOPELESS)
+            failures = 0
+            resident.decoders.change()
 
     async def _end(self, resident: Resident) -> None:
         grace = self.config.slot.stop_timeout
         bridge, resident.bridge = resident.bridge, None
-        if bridge is not None:
-            bridge.retired = True
-            self.dataplane.unseat(bridge.key)
-            await bridge.worker.stop(grace=grace)
-        await self._stop_decoders(resident.decoders, resident.memories)
+        try:
+            if bridge is not None:
+                bridge.retired = True
+                self.dataplane.unseat(bridge.key)
+                await bridge.worker.stop(grace=grace)
+        finally:
+            await self._stop_decoders(resident.decoders, resident.memories)
 
     async def _stop_decoders(self, decoders: Decoders, memories: list[DecodedMemory]) -> None:
-        await asyncio.gather(*(worker.stop(grace=self.config.slot.stop_timeout) for worker in decoders.workers))
-        for memory in memories:
-            memory.close()
+        """Raises SlotError DEVICE_STUCK for one that does not end; its memory is let go of all the same."""
+        decoders.change(kept=False)
+        stops = [worker.stop(grace=self.config.slot.stop_timeout) for worker in decoders.workers]
+        try:
+            for error in await asyncio.gather(*stops, return_exceptions=True):
+                if error is not None:
+                    raise error
+        finally:
+            for memory in memories:
+                memory.close()
