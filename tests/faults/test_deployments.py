@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from support.host import Host
 from support.tiny import accelerator_of, endless, huge
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
+
 from support.host import Host, predict
 from support.tiny import accelerator_of
 

@@ -11,12 +11,12 @@ import zlib
 import psutil
 import pytest
 import zstandard
-from support.images import compress, digest, file_member, make_image_of_tars, member, pack_tar
-from support.pulling import fetch, images_config, open_store
 
 from agent.errors import InvalidImage, InvalidModel
 from agent.images.blobs import StoreLayout
 from agent.images.unpack import Limits, unpack
+from support.images import compress, digest, file_member, make_image_of_tars, member, pack_tar
+from support.pulling import fetch, images_config, open_store
 
 GOOD = file_member("models/a.onnx", b"graph")
 

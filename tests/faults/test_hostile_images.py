@@ -18,14 +18,14 @@ import numpy as np
 import onnx
 import pytest
 import yaml
+
+from agent.errors import InvalidInput
+from drivers.simulated import write_bitstream
 from support.host import Host
 from support.images import compress, file_member, make_image, make_image_of_tars, member, pack_tar
 from support.mosquitto import free_port
 from support.tiny import accelerator_of, endless, huge, linear, on_signal, write_model
 from support.unharmed import Watch, X, all_unharmed, probed_host, rss_of, unharmed
-
-from agent.errors import InvalidInput
-from drivers.simulated import write_bitstream
 
 NOWHERE = f"127.0.0.1:{free_port()}"
 """A registry that is off."""

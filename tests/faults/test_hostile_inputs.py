@@ -19,6 +19,9 @@ import grpc
 import numpy as np
 import pytest
 import yaml
+
+from agent.model.signature import Strings
+from agent.serving.protos import PredictRequest, PredictResponse
 from support.host import Host
 from support.linked import Outside, outside, soon
 from support.mosquitto import Mosquitto
@@ -26,9 +29,6 @@ from support.pictures import PNG_MAGIC, bad, chunk, good
 from support.tfs_client import CHANNEL_OPTIONS, PREDICT, predict_request
 from support.tiny import plain_picture, write_pictures
 from support.unharmed import X, all_unharmed, probed_host, unharmed
-
-from agent.model.signature import Strings
-from agent.serving.protos import PredictRequest, PredictResponse
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,10 +12,10 @@ import grpc
 import grpc.aio
 import numpy as np
 import pytest
-from support.host import PREDICT, Host, request_bytes
-from support.tiny import scale_of
 
 from agent.serving.protos import PredictResponse
+from support.host import PREDICT, Host, request_bytes
+from support.tiny import scale_of
 
 WORK = 180
 """Multiplications that make the CPU twin tens of times slower than the simulated slot."""

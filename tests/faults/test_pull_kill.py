@@ -13,12 +13,12 @@ from pathlib import Path
 import psutil
 import pytest
 import uvloop
-from support.fake_registry import fake_registry
-from support.images import make_image
-from support.pulling import fetch, images_config, open_store
 
 from agent.errors import PullerDied
 from agent.images.pull import pull, resolve
+from support.fake_registry import fake_registry
+from support.images import make_image
+from support.pulling import fetch, images_config, open_store
 
 BIG = 6 << 20
 

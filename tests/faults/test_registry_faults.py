@@ -10,13 +10,13 @@ from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
 import pytest
-from support.fake_registry import fake_registry
-from support.images import make_image
-from support.pulling import fetch, images_config, open_store
 
 from agent.errors import InvalidImage, NotFound, RegistryDenied, RegistryError, RegistryRefused
 from agent.images.pull import resolve
 from agent.images.registry import parse_challenges
+from support.fake_registry import fake_registry
+from support.images import make_image
+from support.pulling import fetch, images_config, open_store
 
 SECRET = "hunter2-hunter2"
 BASIC = "Basic " + base64.b64encode(f"user:{SECRET}".encode()).decode()

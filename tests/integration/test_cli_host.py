@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+
 from support.host import Host
 
 ROOT = Path(__file__).parents[2]

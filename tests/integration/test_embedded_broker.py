@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.linked import linked, make_config, outside, soon
-from support.mosquitto import Mosquitto
 
 from agent.errors import Conflict, InvalidConfig
 from agent.link.broker import EmbeddedBroker
+from support.linked import linked, make_config, outside, soon
+from support.mosquitto import Mosquitto
 
 
 async def test_the_link_brings_its_own_broker(tmp_path: Path) -> None:

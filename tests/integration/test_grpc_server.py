@@ -21,9 +21,6 @@ import pytest
 from google.protobuf import descriptor_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from support.fake_dataplane import FakeDataplane
-from support.stall import stall_probe
-from support.tfs_client import PREDICT, TfsClient, predict_request, tensor_proto, trailing
 
 from agent.config import GrpcConfig, ServingConfig
 from agent.errors import Conflict, DeadlineExceeded, InvalidConfig, NotFound, Overloaded, SlotdError, Unavailable
@@ -31,6 +28,9 @@ from agent.model.signature import Strings, Tensor
 from agent.serving import listen
 from agent.serving.listen import GrpcServer
 from agent.serving.protos import PredictRequest, PredictResponse
+from support.fake_dataplane import FakeDataplane
+from support.stall import stall_probe
+from support.tfs_client import PREDICT, TfsClient, predict_request, tensor_proto, trailing
 
 X = np.arange(6, dtype=np.float32).reshape(2, 3)
 SERVING, NOT_SERVING = 1, 2

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.linked import Outside, linked, make_config, outside, soon, until
-from support.mosquitto import Mosquitto
 
 from agent import __version__
 from agent.link import intake, mqtt, wishes
+from support.linked import Outside, linked, make_config, outside, soon, until
+from support.mosquitto import Mosquitto
 
 
 @pytest.fixture

@@ -9,12 +9,12 @@ import subprocess
 import time
 
 import pytest
-from support.images import describe, file_member, make_image, make_image_of_tars, pack_tar, push_image, put_manifest
-from support.pulling import fetch, images_config, open_store
-from support.registry import running_registry
 
 from agent.errors import InvalidImage, NotFound, RegistryDenied, RegistryError, RegistryRefused, StorageError
 from agent.images.pull import pull, resolve, unpack
+from support.images import describe, file_member, make_image, make_image_of_tars, pack_tar, push_image, put_manifest
+from support.pulling import fetch, images_config, open_store
+from support.registry import running_registry
 
 PASSWORD = "tr0ub4dor-and-3"
 MODEL = {"models/a.onnx": b"graph", "models/weights.bin": os.urandom(2_500_000), "etc/os-release": b"x"}

@@ -15,6 +15,7 @@ import grpc
 import numpy as np
 import pytest
 import yaml
+
 from support.host import Host, merge, predict
 
 ROOT = Path(__file__).parents[2]

@@ -17,6 +17,7 @@ import grpc
 import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+
 from support.host import Host, predict
 from support.mosquitto import Mosquitto, free_port
 from support.outsider import Outsider

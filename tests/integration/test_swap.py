@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.host import Host
 
 from agent.errors import CommandRefused, NotFound, Refused
+from support.host import Host
 
 X = np.array([[0.5, -1.0, 2.0, 3.0]], np.float32)
 

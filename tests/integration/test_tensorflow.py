@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.pictures import bad, good, lent, shipped
 
 from agent.errors import InvalidInput
 from agent.executor.stages.image import prepare
 from agent.executor.stages.picture import decode
 from agent.model.spec import ImageStage
+from support.pictures import bad, good, lent, shipped
 
 pytestmark = pytest.mark.tensorflow
 

@@ -16,6 +16,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+from agent.forge.pack import pack
+from agent.health.document import timestamp
+from agent.slot.arbiter import Phase
 from support.host import Host, merge
 from support.images import make_image, push_image
 from support.mosquitto import Mosquitto
@@ -24,10 +28,6 @@ from support.processes import descendants, gone, holdings
 from support.registry import USER, RunningRegistry, running_registry
 from support.relay import Relay
 from support.tiny import accelerator_of, write_model
-
-from agent.forge.pack import pack
-from agent.health.document import timestamp
-from agent.slot.arbiter import Phase
 
 X = np.array([[0.5, -1.0, 2.0, 3.0]], np.float32)
 PASSWORD = "hunter2 and more"

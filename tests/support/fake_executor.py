@@ -86,6 +86,17 @@ class FakeWorker:
             "depth": 2,
         }
         self.stopped = False
+        self.stuck: Exception | None = None
+        self.pid = 0
+        self.idle = False
+        self._gone: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    @property
+    def died(self) -> asyncio.Future[str]:
+        return asyncio.shield(self._gone)
+
+    def normal_priority(self) -> None:
+        self.idle = False
 
     @property
     def in_flight(self) -> int:
@@ -109,10 +120,14 @@ class FakeWorker:
         self.alive = False
         for call in self.calls:
             call.fail(ExecutorDied("it ended"))
+        if not self._gone.done():
+            self._gone.set_result("signal 9")
 
     async def stop(self, *, grace: float) -> None:
         self.stopped = True
         self.die()
+        if self.stuck is not None:
+            raise self.stuck
 
     def signal(self, number: int) -> None:
         self.die()

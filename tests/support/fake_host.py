@@ -11,10 +11,9 @@ from typing import Any
 
 from agent.commands.admin import AdminServer
 from agent.commands.builtin import build_table
-from support.loops import Loop
-
 from agent.errors import NotFound
 from agent.model.wish import Wish
+from support.loops import Loop
 
 MODEL = {
     "digest": "sha256:" + "ab12" * 16,

@@ -19,11 +19,11 @@ from typing import Any
 import grpc
 import numpy as np
 import yaml
-from support.tiny import scale_of, write_model
 
 from agent.commands.admin import AdminClient
 from agent.serving.protos import PredictRequest, PredictResponse, TensorProto
 from drivers.simulated import clear, inject
+from support.tiny import scale_of, write_model
 
 PREDICT = "/tensorflow.serving.PredictionService/Predict"
 RUNNER = Path(__file__).with_name("run_host.py")

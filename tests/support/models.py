@@ -8,9 +8,9 @@ import numpy as np
 import onnx
 import yaml
 from onnx import TensorProto, helper, numpy_helper
-from support.pictures import lent
 
 from agent.forge.demo_models import photographs
+from support.pictures import lent
 
 # What each photograph shows, as ImageNet classes that a person would accept.
 CLASSES: dict[str, frozenset[int]] = {

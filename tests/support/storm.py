@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from support.children import DecodedMemory, open_files, soon, start
-from support.hash_child import digest, filler
-from support.lying_child import LIES
 
 from agent.errors import DeadlineExceeded, ExecutorDied, InvalidInput, Overloaded, SlotdError
 from agent.executor.client import Call, Region, Reply, Worker
 from agent.model.signature import Strings, Tensor
+from support.children import DecodedMemory, open_files, soon, start
+from support.hash_child import digest, filler
+from support.lying_child import LIES
 
 ARENA = 160 << 20
 MEMORY = 64 << 20

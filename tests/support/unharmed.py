@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+
 from support import host as host_module
 from support.host import Host
 

@@ -23,7 +23,6 @@ import pytest
 import uvloop
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.fake_host import FakeHost, deployment_document
 
 from agent.commands import admin
 from agent.commands.admin import MAX_LINE, AdminClient, AdminServer
@@ -43,6 +42,7 @@ from agent.errors import (
     StorageError,
     Unavailable,
 )
+from support.fake_host import FakeHost, deployment_document
 
 ME = f"local: uid {os.getuid()} ({pwd.getpwuid(os.getuid()).pw_name})"
 

@@ -15,8 +15,6 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from support.fake_host import MODEL, Admin, deployment_document, status_document
-from support.loops import Loop
 from typer.testing import CliRunner
 
 import agent
@@ -24,6 +22,8 @@ from agent.cli import live, output, status
 from agent.cli.verbs import app
 from agent.errors import Refused, Unavailable
 from agent.slot.arbiter import Phase
+from support.fake_host import MODEL, Admin, deployment_document, status_document
+from support.loops import Loop
 
 ROOT = Path(__file__).parents[2]
 PHASES = [phase.value for phase in Phase]

@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.fake_dataplane import FakeDataplane
-from support.loops import Loop
 from typer.testing import CliRunner
 
 from agent.cli.verbs import app
@@ -20,6 +18,8 @@ from agent.errors import Overloaded, SlotError
 from agent.model.signature import Strings
 from agent.serving.dataplane import Request
 from agent.serving.listen import GrpcServer
+from support.fake_dataplane import FakeDataplane
+from support.loops import Loop
 
 SCORES = np.linspace(0.0, 1.0, 1000, dtype=np.float32)
 

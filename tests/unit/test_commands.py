@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
-from support.fake_host import FakeHost
 
 import agent.commands.table
 from agent.commands.builtin import build_table
 from agent.commands.table import Actor, Arguments, Command, Table
 from agent.errors import InvalidInput, NotFound, SlotdError, Unavailable
 from agent.model.wish import Wish
+from support.fake_host import FakeHost
 
 ME = Actor("local", "uid 0 (root)")
 DIGEST = "sha256:" + "a" * 64

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.fake_executor import FakeReply, FakeWorker, fake_model, fake_seat, x
 
 from agent.config import ServingConfig
 from agent.errors import (
@@ -29,6 +28,7 @@ from agent.serving import dataplane as module
 from agent.serving.dataplane import Dataplane, Request, Trouble
 from agent.slot.admission import Admission
 from agent.slot.arbiter import Arbiter, Continuity, On, Phase, Turn
+from support.fake_executor import FakeReply, FakeWorker, fake_model, fake_seat, x
 
 OLD, NEW = "sha256:old", "sha256:new"
 

@@ -12,8 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.models import CLASSES, known_photographs
-from support.pictures import encode, lent, photograph
 
 from agent.errors import InvalidModel, NotFound
 from agent.executor.graph import read_graph
@@ -35,6 +33,8 @@ from agent.images.reference import parse_reference
 from agent.model.golden import read_golden
 from agent.model.spec import Model, read_spec
 from drivers.simulated import read_bitstream
+from support.models import CLASSES, known_photographs
+from support.pictures import encode, lent, photograph
 
 # --- state dicts -----------------------------------------------------------------------------------------------------
 

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.pictures import PNG_MAGIC, bad, chunk, encode, good, photograph, png
 
 from agent.errors import InvalidInput
 from agent.executor.stages.image import MAX_PIXELS, prepare
 from agent.executor.stages.picture import MAX_SCANS, decode
 from agent.model.spec import ImageStage
+from support.pictures import PNG_MAGIC, bad, chunk, encode, good, photograph, png
 
 
 def stage(**fields: Any) -> ImageStage:

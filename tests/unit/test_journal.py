@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.clocks import Hands
 
 from agent.errors import InvalidInput, StorageError
 from agent.journal import deployments, received
 from agent.journal.database import Journal
 from agent.journal.sqlite import RETRY_DISK, Database
 from agent.model.wish import Wish
+from support.clocks import Hands
 
 DIGEST = "sha256:" + "a" * 64
 

@@ -6,7 +6,6 @@ import json
 import os
 
 import pytest
-from support.images import make_image, put_manifest
 
 from agent.config import ImagesConfig
 from agent.errors import Conflict, InvalidImage, InvalidInput, InvalidModel, NotFound, StorageError
@@ -14,6 +13,7 @@ from agent.images.blobs import Incoming, Layout, StoreLayout
 from agent.images.layout import Store
 from agent.images.manifest import Descriptor, digest_of, parse_manifest
 from agent.images.unpack import Limits, unpack
+from support.images import make_image, put_manifest
 
 LIMITS = Limits(1 << 30, 100, 0)
 MODEL = {"models/a.onnx": b"graph", "models/weights.bin": os.urandom(100_000)}

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.clocks import Hands
 
 from agent.errors import InvalidInput, StorageError
 from agent.journal.database import Journal
 from agent.journal.outbox import MAX_AGE, Outbox
+from support.clocks import Hands
 
 
 @asynccontextmanager

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from support.models import largest_weight, matrix_graph, matrix_model
 
 from agent.config import ImagesConfig
 from agent.errors import InvalidImage, InvalidInput, InvalidModel
@@ -23,6 +22,7 @@ from agent.forge.pack import pack
 from agent.images.layout import Store
 from agent.images.pull import pull, resolve, unpack
 from agent.model.golden import write_golden
+from support.models import largest_weight, matrix_graph, matrix_model
 
 
 def blob(layout: Path, digest: str) -> bytes:

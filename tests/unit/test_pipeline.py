@@ -15,10 +15,6 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper
-from support import graphs
-from support.children import DecodedMemory, soon
-from support.graphs import BOOL, FLOAT, INT64, STRING
-from support.pictures import shipped
 
 from agent.config import Config
 from agent.errors import ExecutorDied, ExecutorError, InvalidInput, InvalidModel, SlotdError, SlotError
@@ -29,6 +25,10 @@ from agent.model.signature import DType, Signature, Strings, Tensor, TensorSpec
 from agent.model.spec import Model, read_spec
 from drivers.base import Wanted
 from drivers.simulated import Fault, Simulated, inject, write_bitstream
+from support import graphs
+from support.children import DecodedMemory, soon
+from support.graphs import BOOL, FLOAT, INT64, STRING
+from support.pictures import shipped
 
 SHELL = "9926ab6d6c925a68aabca7d84c545738"
 ACCELERATOR = "d8424dc4a4a3c413f89e433683f9040b"

@@ -16,8 +16,6 @@ from google.protobuf import descriptor_pb2, descriptor_pool
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from support.stall import stall_probe
-from support.tfs_client import predict_request, tensor_proto
 
 from agent.errors import InvalidInput, Overloaded, Unavailable
 from agent.model.signature import DType, Strings, Tensor, dtype_of
@@ -26,6 +24,8 @@ from agent.serving.encode import encode_response, encode_tensor, packed_varints,
 from agent.serving.parse import LARGE, Parser, is_light
 from agent.serving.protos import PredictRequest, PredictResponse, TensorProto
 from agent.serving.tensorproto import MAX_STRINGS, Parsed, TooLarge, read_request, read_tensor
+from support.stall import stall_probe
+from support.tfs_client import predict_request, tensor_proto
 
 MOST = 32 << 20
 NUMBERS = [dtype for dtype in DType if dtype is not DType.STRING]

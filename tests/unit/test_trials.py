@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 from structlog.testing import capture_logs
-from support.fake_executor import FakeReply, FakeWorker, fake_model, fake_seat, x
 
 from agent.errors import DeadlineExceeded, ExecutorDied, InvalidInput, Poison, SlotError, Unavailable
 from agent.executor.seat import Decoders, Prepared, Seat
 from agent.model.signature import Strings
 from agent.serving import trials as module
 from agent.serving.trials import Trials
+from support.fake_executor import FakeReply, FakeWorker, fake_model, fake_seat, x
 
 DIGEST = "sha256:old"
 

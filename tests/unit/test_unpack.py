@@ -12,13 +12,13 @@ import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.images import compress, file_member, make_image, make_image_of_tars, member, pack_tar
 
 from agent.errors import InvalidImage, InvalidModel, StorageError
 from agent.images.archive import Archive, LayerStream
 from agent.images.blobs import StoreLayout
 from agent.images.hashes import read_hashes, verify_hashes
 from agent.images.unpack import Limits, unpack
+from support.images import compress, file_member, make_image, make_image_of_tars, member, pack_tar
 
 LIMITS = Limits(size=1 << 30, files=200, keep_free=0)
 

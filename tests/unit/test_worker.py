@@ -13,14 +13,14 @@ from collections.abc import AsyncIterator
 import numpy as np
 import pytest
 import structlog
-from support.children import DecodedMemory, launch, open_files, soon, start
-from support.hash_child import digest, filler
-from support.lying_child import LIES
-from support.stall import stall_probe
 
 from agent.errors import DeadlineExceeded, ExecutorDied, ExecutorError, InvalidInput, Overloaded, SlotError
 from agent.executor.client import Launch, Region, Worker
 from agent.model.signature import Strings, Tensor
+from support.children import DecodedMemory, launch, open_files, soon, start
+from support.hash_child import digest, filler
+from support.lying_child import LIES
+from support.stall import stall_probe
 
 
 def order(seed: int, wait: int, *sizes: int) -> np.ndarray:
