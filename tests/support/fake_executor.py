@@ -12,7 +12,7 @@ import numpy as np
 
 from agent.errors import ExecutorDied
 from agent.executor.seat import Decoders, Seat
-from agent.model.signature import DType, Signature, Tensor, TensorSpec
+from agent.model.signature import DType, Signature, Strings, Tensor, TensorSpec
 
 _keys = itertools.count(1000)
 SIGNATURE = Signature(
@@ -56,7 +56,9 @@ class FakeCall:
             return
         self.ended.set_result(None)
         if not self.result.done():
-            outputs: list[Tensor] = [self.inputs[0][1] * self.worker.scale, self.inputs[0][1] * -self.worker.scale]
+            given = self.inputs[0][1]
+            value = x() if isinstance(given, Strings) else given
+            outputs: list[Tensor] = [value * self.worker.scale, value * -self.worker.scale]
             self.reply = FakeReply(outputs)
             self.result.set_result(self.reply)
 
