@@ -283,7 +283,13 @@ class Storm:
             name = self.chance.choice(names)
             liar = await start("lying_child", {"lie": name}, maps=(self.memory.fd,))
             inputs = [(0, self.pool[:1000])]
-            calls = [liar.submit(inputs, deadline_ns=soon(), reserve=[64, 64]) for _ in range(4)]
+            try:
+                calls = [liar.submit(inputs, deadline_ns=soon(), reserve=[64, 64]) for _ in range(4)]
+            except ExecutorDied:  # some lies need no request, and were seen before there was one
+                await liar.died
+                self.report.outcomes["liars"] += 1
+                self._bury(liar)
+                continue
             calls[3].cancel()
             ends = await asyncio.gather(*(call.result for call in calls[:3]), return_exceptions=True)
             if not all(isinstance(end, ExecutorDied) for end in ends[1:]):
