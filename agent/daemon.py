@@ -181,6 +181,7 @@ class Daemon:
         arbiter = Arbiter(continuity=Continuity(config.swap.continuity))
         admission = Admission(max_queue=config.serving.max_queue, max_wait=config.serving.max_wait)
         dataplane = Dataplane(arbiter, admission, config.serving)
+        arbiter.on_change = dataplane.changed
         residents = Residents(config, arbiter, dataplane, tasks.spawn)
         stack.push_async_callback(residents.close)
         trials = Trials(residents.spawn_disposable, residents.discard_disposable, memory=config.serving.poison_memory)
@@ -355,10 +356,14 @@ async def _end(task: asyncio.Task[Any]) -> None:
 
 async def _gap(journal: Journal) -> float | None:
     """Seconds since the last slotd of this boot answered; None if that is not known."""
-    stopped = await journal.get(STOPPED)
-    if not isinstance(stopped, dict) or stopped.get("boot_id") != journal.boot_id:
+    try:
+        stopped = await journal.get(STOPPED)
+        if not isinstance(stopped, dict) or stopped.get("boot_id") != journal.boot_id:
+            return None
+        await journal.put(STOPPED, None)
+    except SlotdError as error:  # a full disk is no reason not to serve
+        log.warning("gap_unknown", error=str(error))
         return None
-    await journal.put(STOPPED, None)
     return round(time.clock_gettime(time.CLOCK_BOOTTIME) - float(stopped["at"]), 3)
 
 
