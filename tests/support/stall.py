@@ -3,16 +3,35 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass
 class Stall:
     longest: float = 0.0
     """Seconds; whole when the context manager has ended."""
+
+
+class Stopwatch:
+    """Time of this thread less the time for which it was ready to run and the machine ran others."""
+
+    def __init__(self) -> None:
+        self._queue = Path(f"/proc/self/task/{threading.get_native_id()}/schedstat")
+        self._last = self._now()
+
+    def lap(self) -> float:
+        """Seconds since the last lap."""
+        before, self._last = self._last, self._now()
+        return self._last - before
+
+    def _now(self) -> float:
+        waited = int(self._queue.read_text().split()[1]) if self._queue.exists() else 0
+        return time.perf_counter() - waited / 1e9
 
 
 @asynccontextmanager
@@ -22,16 +41,12 @@ async def stall_probe(limit: float | None = 0.03, label: str = "") -> AsyncItera
     stop = asyncio.Event()
 
     async def probe() -> None:
-        last = time.perf_counter()
+        watch = Stopwatch()
         while not stop.is_set():
             await asyncio.sleep(0)
-            now = time.perf_counter()
-            stall.longest = max(stall.longest, now - last)
-            last = now
+            stall.longest = max(stall.longest, watch.lap())
             await asyncio.sleep(0.001)
-            now = time.perf_counter()
-            stall.longest = max(stall.longest, now - last - 0.001)
-            last = now
+            stall.longest = max(stall.longest, watch.lap() - 0.001)
 
     task = asyncio.create_task(probe(), name="stall-probe")
     await asyncio.sleep(0.002)
