@@ -136,6 +136,29 @@ def test_cancel(phase: Phase) -> None:
     assert arbiter.committed == OLD
 
 
+@pytest.mark.parametrize("phase", BEFORE)
+def test_what_is_ending_is_neither_called_off_nor_joined(phase: Phase) -> None:
+    arbiter, turn = deploying(phase)
+    arbiter.failed(turn, SlotError("no"))
+    with pytest.raises(CommandRefused) as refused:
+        arbiter.cancel(None)
+    assert refused.value.code == "TOO_LATE"
+    assert turn.called_off is None
+    again = Turn("d-2", "image:new")
+    assert arbiter.ask(again) == Queued(again, None)
+
+
+def test_withdraw() -> None:
+    arbiter, turn = deploying(Phase.PULL)
+    waiting = Turn("d-2", "image:other")
+    arbiter.ask(waiting)
+    arbiter.withdraw(Turn("d-3", "image:third"))
+    assert arbiter.waiting is waiting
+    arbiter.withdraw(waiting)
+    assert arbiter.waiting is None
+    assert arbiter.running is turn
+
+
 def test_cancel_of_one_that_waits_or_is_unknown() -> None:
     arbiter, turn = deploying(Phase.PROBATION)
     waiting = Turn("d-2", "image:other")
@@ -243,6 +266,7 @@ def test_host_states() -> None:
     assert arbiter.slot_doubted(OLD_SLOT, SlotError("hangs", code="DEVICE_HUNG"))
     assert arbiter.host is HostState.BRIDGE
     assert not arbiter.slot_doubted(99, SlotError("x"))
+    assert not arbiter.slot_doubted(OLD_SLOT, SlotError("again")), "told once"
 
 
 def test_first_deployment_that_fails_leaves_empty() -> None:
