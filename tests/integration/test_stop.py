@@ -229,7 +229,7 @@ def test_stopped_in_each_of_some_phases_and_taken_up_again(host: Host) -> None:
 
     def taken_up(task: str, phase: str, scale: float) -> str:
         np.testing.assert_allclose(host.predict(X)[0], X * scale + 1, rtol=1e-6)  # the committed one, at once
-        cut_off = host.call("task", task=task)
+        cut_off = host.ended(task)
         assert (cut_off["outcome"], cut_off["error"]["code"]) == ("failed", "INTERRUPTED"), cut_off
         assert phase in cut_off["error"]["message"]
         again = host.until(lambda: host.status()["deployment"])
