@@ -340,7 +340,9 @@ def test_a_background_task_that_fails_ends_the_daemon(host: Host, tmp_path: Path
         host.until(lambda: len(load.answers) > 10)
         trap.touch()
         assert host.wait_dead(BOUND) == 70, host.tail()
-    assert {text.partition(":")[0] for *_, text in load.errors} <= {"StatusCode.UNAVAILABLE"}
+    # gRPC calls a request CANCELLED that comes in the very moment in which the server closes.
+    allowed = {"StatusCode.UNAVAILABLE", "StatusCode.CANCELLED"}
+    assert {text.partition(":")[0] for *_, text in load.errors} <= allowed, load.errors
     assert gone(children)
     assert left_behind(host) == []
     lines = [json.loads(line) for line in host.log.read_text().splitlines()]
