@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from agent.errors import InvalidModel
+from agent.model.protowire import read_varint
 from agent.model.signature import DType, TensorSpec
 
 _Bytes: TypeAlias = memoryview
@@ -111,14 +112,14 @@ def _text(data: _Bytes, wanted: int) -> str:
 def _fields(data: _Bytes) -> Iterator[tuple[int, int | _Bytes]]:
     at = 0
     while at < len(data):
-        tag, at = _varint(data, at)
+        tag, at = read_varint(data, at)
         kind = tag & 7
         value: int | _Bytes
         if kind == _VARINT:
-            value, at = _varint(data, at)
+            value, at = read_varint(data, at)
         else:
             if kind == _BYTES:
-                size, at = _varint(data, at)
+                size, at = read_varint(data, at)
             elif kind in (_FIXED32, _FIXED64):
                 size = 4 if kind == _FIXED32 else 8
             else:
@@ -128,14 +129,3 @@ def _fields(data: _Bytes) -> Iterator[tuple[int, int | _Bytes]]:
             value = data[at : at + size]
             at += size
         yield tag >> 3, value
-
-
-def _varint(data: _Bytes, at: int) -> tuple[int, int]:
-    value = 0
-    for shift in range(0, 70, 7):
-        byte = data[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
-    raise ValueError("a number of more than ten bytes")

@@ -57,6 +57,18 @@ class Issues:
         if self.on_event and (standing is None or standing.severity != severity):
             self.on_event("issue_raised", issue.as_dict())
 
+    def fault(self, where: str, error: BaseException) -> None:
+        """Something went wrong that nobody foresaw, in a part that goes on; it stands until slotd starts again.
+
+        `where` is a word with dashes. The caller logs the trace.
+        """
+        self.raise_(
+            f"fault:{where}",
+            "error",
+            f"an unforeseen {type(error).__name__} in {where}: {error}"[:512],
+            "a bug of slotd: its log has the trace; the part goes on, and a restart clears this",
+        )
+
     def clear(self, id: str) -> None:
         """It is over; nothing happens if it was not raised."""
         issue = self._open.pop(id, None)

@@ -50,7 +50,8 @@ class Answer:
 
 
 class Intake:
-    """Takes commands and runs them. `send` gets each answer; `refused` each message that was not run."""
+    """Takes commands and runs them. `send` gets each answer; `refused` each message that was not run,
+    `fault` what nobody foresaw."""
 
     def __init__(
         self,
@@ -61,6 +62,7 @@ class Intake:
         *,
         send: Callable[[Answer], None],
         refused: Callable[[str, SlotdError], None],
+        fault: Callable[[str, BaseException], None],
     ) -> None:
         self._table = table
         self._journal = journal
@@ -68,6 +70,7 @@ class Intake:
         self._allow = tuple(allow)
         self._send = send
         self._refused = refused
+        self._fault = fault
         self._waiting: deque[Delivery] = deque()
         self._arrived = asyncio.Event()
         self._places = asyncio.Semaphore(PLACES)
@@ -98,8 +101,9 @@ class Intake:
                 delivery = self._waiting.popleft()
                 try:
                     work = await self._take(delivery)
-                except Exception:  # our own mistake must not stop the commands after this one
+                except Exception as fault:  # our own mistake must not stop the commands after this one
                     _log.exception("a command could not be taken", topic=delivery.topic)
+                    self._fault("link-commands", fault)
                     delivery.acknowledge()
                     work = None
                 if work is None:
@@ -126,6 +130,7 @@ class Intake:
         self._places.release()
         if not task.cancelled() and (fault := task.exception()):
             _log.error("a command failed in an unforeseen way", command=task.get_name(), exc_info=fault)
+            self._fault("link-commands", fault)
 
     async def _take(self, delivery: Delivery) -> asyncio.Task[None] | None:
         """Checks, journals and acknowledges one; the task that runs it, or None if it is not run."""
@@ -209,6 +214,7 @@ class Intake:
                 document = answer_document(call.name, call.reply, error=late)
             except Exception as fault:
                 _log.exception("a command failed in an unforeseen way", command=call.name)
+                self._fault("link-commands", fault)
                 bug = SlotdError(f"an unforeseen fault: {type(fault).__name__}", hint="the log of slotd has it")
                 document = answer_document(call.name, call.reply, error=bug)
             if key is not None:

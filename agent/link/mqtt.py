@@ -71,6 +71,7 @@ class Link:
             config.link.reply_allow,
             send=lambda answer: self._outgoing.answer(answer),
             refused=self._message_refused,
+            fault=issues.fault,
         )
         self._wishes = Wishes(
             table,
@@ -80,6 +81,7 @@ class Link:
             changed=lambda: self._outgoing.report(),
             tell=self._tell,
             refused=self._message_refused,
+            fault=issues.fault,
         )
         samplers = samplers or Samplers.usual(config.state_dir)
         self._outgoing = Outgoing(config, self._topics, host, self._wishes, outbox, issues, samplers, boot_id)
@@ -209,8 +211,9 @@ class Link:
             except (MqttError, SlotdError) as error:
                 if not self._stopping.is_set():
                     self._failed(error)
-            except Exception:  # our own mistake: the host goes on, and so does the link
+            except Exception as fault:  # our own mistake: the host goes on, and so does the link
                 _log.exception("the link failed in an unforeseen way")
+                self._issues.fault("link", fault)
             finally:
                 self._online = False
                 self._outgoing.gone()

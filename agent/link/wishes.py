@@ -44,7 +44,8 @@ Tell = Callable[[str, Mapping[str, Any]], Awaitable[None]]
 
 
 class Wishes:
-    """The wish in force. `changed` is called when what `reported` says of it has changed; `tell` takes events."""
+    """The wish in force. `changed` is called when what `reported` says of it has changed; `tell` takes events,
+    `refused` documents that are none, `fault` what nobody foresaw."""
 
     def __init__(
         self,
@@ -56,6 +57,7 @@ class Wishes:
         changed: Callable[[], None],
         tell: Tell,
         refused: Callable[[str, SlotdError], None],
+        fault: Callable[[str, BaseException], None],
     ) -> None:
         self._table = table
         self._host = host
@@ -64,6 +66,7 @@ class Wishes:
         self._changed = changed
         self._tell = tell
         self._refused = refused
+        self._fault = fault
         self._inbox: list[tuple[Arrival, Delivery]] = []
         self._wake = asyncio.Event()
         self._memory = Memory()
@@ -121,8 +124,9 @@ class Wishes:
         while True:
             try:
                 pause = await self._step()
-            except Exception:  # our own mistake must not end desired state for good
+            except Exception as fault:  # our own mistake must not end desired state for good
                 _log.exception("desired state could not be carried out")
+                self._fault("link-desired", fault)
                 pause = AGAIN
             try:
                 async with asyncio.timeout(pause):

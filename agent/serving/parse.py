@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 import structlog
 
 from agent.errors import Overloaded, Unavailable
+from agent.model.protowire import read_varint
 from agent.serving import handover
 from agent.serving.tensorproto import Parsed, TooLarge, read_request
 
@@ -87,10 +88,10 @@ def _cost(data: bytes, at: int, end: int, kind: str, cost: int) -> int:
     nested, costly = _NESTED[kind], _COSTLY[kind]
     while at < end and cost <= _BUDGET:
         cost += _RECORD_COST
-        tag, at = _varint(data, at)
+        tag, at = read_varint(data, at)
         wire = tag & 7
         if wire == 2:
-            size, at = _varint(data, at)
+            size, at = read_varint(data, at)
             if size > end - at:
                 raise ValueError("a length beyond its parent")
             if tag >> 3 in nested:
@@ -98,23 +99,12 @@ def _cost(data: bytes, at: int, end: int, kind: str, cost: int) -> int:
             cost += size * costly.get(tag >> 3, 0)
             at += size
         elif wire == 0:
-            at = _varint(data, at)[1]
+            at = read_varint(data, at)[1]
         elif wire in (1, 5):
             at += 8 if wire == 1 else 4
         else:
             raise ValueError("a group")
     return cost
-
-
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    value = 0
-    for shift in range(0, 70, 7):
-        byte = data[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
-    raise ValueError("a varint of more than ten bytes")
 
 
 # --- the child -------------------------------------------------------------------------------------------------------

@@ -381,6 +381,36 @@ async def test_desired_is_carried_out_and_reported(broker: Mosquitto, tmp_path: 
         await other.next("reported", lambda d: d["desired"]["state"] == "none" and d["desired"]["revision"] == 2)
 
 
+@pytest.mark.parametrize("where", ["link-commands", "link-desired", "link"])
+async def test_a_bug_of_ours_is_an_issue_and_the_link_goes_on(
+    broker: Mosquitto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    module, name = {
+        "link-commands": (intake, "check_expiry"),
+        "link-desired": (wishes, "fold"),
+        "link": (mqtt.Link, "_clear_old_name"),
+    }[where]
+    right, calls = getattr(module, name), []
+
+    def wrong_once(*arguments: Any, **named: Any) -> Any:
+        calls.append(name)
+        if len(calls) == 1:
+            raise ZeroDivisionError("a bug")
+        return right(*arguments, **named)
+
+    monkeypatch.setattr(module, name, wrong_once)
+    monkeypatch.setattr(wishes, "AGAIN", 0.1)
+    async with outside(broker.port) as other, linked(make_config(tmp_path, broker.port)) as parts:
+        await other.publish("cmd/deploy", {"expires": soon(), "id": "a", "arguments": {"image": "r/a:1"}})
+        await other.publish("desired", {"image": "r/b:1", "revision": 1}, retain=True)
+        await until(lambda: f"fault:{where}" in parts.issues)
+        (fault,) = [issue for issue in parts.issues.list() if issue["id"] == f"fault:{where}"]
+        assert "ZeroDivisionError" in fault["message"]
+        assert (await other.call("ping"))["ok"] is True
+        await other.publish("desired", {"image": "r/c:1", "revision": 2}, retain=True)
+        await other.next("reported", lambda d: d["desired"]["revision"] == 2 and d["desired"].get("in_sync"))
+
+
 async def test_only_the_newest_wish_of_an_outage_is_applied(broker: Mosquitto, tmp_path: Path, protocol: str) -> None:
     config = make_config(tmp_path, broker.port, protocol)
     async with outside(broker.port, protocol) as other:
