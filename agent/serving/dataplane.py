@@ -188,13 +188,16 @@ class Dataplane:
         told = (type(answerer), answerer if isinstance(answerer, Answerer) else None)
         if told != self._last:
             self._last = told
-            for ticket, error in self.admission.overdue(self.clock(), answerer):
-                waiter = self._waiters.get(ticket)
-                if waiter is not None and not waiter.done():
-                    waiter.set_exception(error)
+            self._shed(answerer)
             for callback in self._listeners:
                 callback()
         self.pump()
+
+    def _shed(self, answerer: Answerer | Wait | Refuse) -> None:
+        for ticket, error in self.admission.overdue(self.clock(), answerer):
+            waiter = self._waiters.get(ticket)
+            if waiter is not None and not waiter.done():
+                waiter.set_exception(error)
 
     # --- what adapters ask --------------------------------------------------------------------------------------------
 
@@ -249,7 +252,10 @@ class Dataplane:
         if isinstance(answerer, Answerer) and answerer.key in self.seats:
             await self._checked(request, self.seats[answerer.key])
         while True:
-            ticket = self.admission.admit(now, deadline, request.priority, self.arbiter.answerer())
+            answerer = self.arbiter.answerer()
+            ticket = self.admission.admit(now, deadline, request.priority, answerer)
+            if ticket is not self.admission.queue[-1]:
+                self._shed(answerer)
             answer = await self._compute(request, await self._turn(ticket), deadline)
             if answer is not None:
                 return answer

@@ -126,17 +126,22 @@ class Admission:
         return (place.busy + ahead + 1) * place.service
 
     def admit(self, now: float, deadline: float, priority: int, answerer: Answerer | Wait | Refuse) -> Ticket:
-        """A place in the queue. Raises Overloaded (with retry_after) or what `answerer` refuses with."""
+        """A place in the queue. Raises Overloaded (with retry_after) or what `answerer` refuses with.
+
+        One that overtakes others may leave them no time: the caller asks `overdue` then.
+        """
         if isinstance(answerer, Refuse):
             raise answerer.error
         self._count += 1
         ticket = Ticket(deadline, priority, now, self._count)
         position = bisect.bisect(self.queue, ticket.order, key=lambda waiting: waiting.order)
+        free = False
         if isinstance(answerer, Answerer) and answerer.key in self.places:
             place = self.places[answerer.key]
             need = self.wait_of(answerer, position)
             have = min(self.max_wait, deadline - now)
-            if need > have * SAFETY and place.busy + position >= place.window:
+            free = place.busy + position < place.window
+            if need > have * SAFETY and not free:
                 self.shed += 1
                 raise Overloaded(
                     f"the {place.on.value} answers {place.capacity:.1f} requests a second and has "
@@ -144,7 +149,7 @@ class Admission:
                     hint="send less, or give the request more time",
                     retry_after=round(max(0.001, need - have * SAFETY), 3),
                 )
-        if len(self.queue) >= self.max_queue:
+        if len(self.queue) >= self.max_queue and position == len(self.queue) and not free:
             self.shed += 1
             raise Overloaded(f"{len(self.queue)} requests are waiting already", retry_after=0.5)
         self.queue.insert(position, ticket)
@@ -156,12 +161,16 @@ class Admission:
             self.queue.remove(ticket)
 
     def overdue(self, now: float, answerer: Answerer | Wait | Refuse) -> Iterator[tuple[Ticket, SlotdError]]:
-        """Those that can't be answered in time any more because somebody slower answers now, or nobody."""
+        """Those that can't be answered in time any more: somebody slower answers now, or nobody, or more urgent
+        requests have come."""
         if isinstance(answerer, Refuse):
             gone, self.queue = self.queue, []
             for ticket in gone:
                 yield ticket, answerer.error
             return
+        while len(self.queue) > self.max_queue:
+            self.shed += 1
+            yield self.queue.pop(), Overloaded("more urgent requests have taken all places", retry_after=0.5)
         if isinstance(answerer, Wait) or answerer.key not in self.places:
             return
         place, kept = self.places[answerer.key], 0
@@ -172,7 +181,7 @@ class Admission:
             ):
                 self.queue.remove(ticket)
                 self.shed += 1
-                yield ticket, Overloaded("the slot is being swapped and the CPU cannot answer in time", retry_after=0.5)
+                yield ticket, Overloaded("what answers now cannot answer this one in time any more", retry_after=0.5)
             else:
                 kept += 1
 

@@ -49,6 +49,42 @@ def test_what_cannot_be_answered_in_time_is_refused_at_once() -> None:
     assert queue.shed == 1
 
 
+def test_the_lowest_priority_is_shed_first() -> None:
+    queue = admission(max_queue=4)
+    list(queue.take(0.0, BRIDGE))
+    for _ in range(2):
+        queue.admit(0.0, 60.0, 0, BRIDGE)
+    assert len(list(queue.take(0.0, BRIDGE))) == 2  # what the window holds is out of reach
+    low = [queue.admit(0.0, 60.0, priority, BRIDGE) for priority in (1, 0, 0, 1)]
+    with pytest.raises(Overloaded):
+        queue.admit(0.0, 60.0, 0, BRIDGE)
+    urgent = queue.admit(0.0, 60.0, 5, BRIDGE)
+    assert [ticket for ticket, _ in queue.overdue(0.0, BRIDGE)] == [low[2]]
+    assert queue.queue == [urgent, low[0], low[3], low[1]]
+
+
+def test_who_is_overtaken_and_left_without_time_is_told_at_once() -> None:
+    queue = admission()
+    for _ in range(2):
+        queue.admit(0.0, 60.0, 0, BRIDGE)
+    list(queue.take(0.0, BRIDGE))
+    first = queue.admit(0.0, 0.25, 0, BRIDGE)
+    others = [queue.admit(0.0, 60.0, 1, BRIDGE) for _ in range(3)]
+    assert list(queue.overdue(0.0, BRIDGE)) == [], "six times 40 ms are 0.24 s"
+    others.append(queue.admit(0.0, 60.0, 1, BRIDGE))
+    assert [ticket for ticket, _ in queue.overdue(0.0, BRIDGE)] == [first]
+    assert queue.queue == others
+
+
+def test_without_a_queue_a_free_executor_still_takes_a_request() -> None:
+    queue = admission(max_queue=0)
+    for _ in range(2):
+        queue.admit(0.0, 60.0, 0, BRIDGE)
+        assert len(list(queue.take(0.0, BRIDGE))) == 1
+    with pytest.raises(Overloaded):
+        queue.admit(0.0, 60.0, 0, BRIDGE)
+
+
 def test_a_short_deadline_on_an_idle_executor_is_tried() -> None:
     queue = admission()
     queue.admit(0.0, 0.045, 0, BRIDGE)

@@ -470,6 +470,28 @@ async def test_those_who_wait_are_told_when_nobody_answers_any_more() -> None:
     bench.idle()
 
 
+async def test_who_is_overtaken_is_told_at_once() -> None:
+    bench = Bench()
+    bench.slot.delay = None
+    bench.admission.max_queue = 2
+    places = bench.slot_seat.window
+    asking = [bench.asking() for _ in range(places + 2)]
+    await settle()
+    with pytest.raises(Overloaded):
+        await bench.ask()
+    urgent = bench.asking(priority=9)
+    await settle()
+    with pytest.raises(Overloaded, match="more urgent"):
+        await asyncio.wait_for(asking[-1], 1.0)
+    while any(not one.done() for one in (*asking, urgent)):
+        for call in bench.slot.calls:
+            if not call.result.done():
+                call.answer()
+        await settle()
+    assert urgent.result()[1] == "slot"
+    bench.idle()
+
+
 async def test_what_the_slower_one_cannot_do_is_shed() -> None:
     bench = Bench()
     bench.slot.delay = bench.bridge.delay = None
