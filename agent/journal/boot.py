@@ -1,8 +1,9 @@
 """boot.json: what the host boots into. Its atomic rename is the commit point of a deployment.
 
 The file is canonical JSON, `{"format":1,"record":{...},"sha256":"..."}`, where the hash is of the canonical JSON of
-`record`; a file that is not byte for byte what slotd would have written is not believed. The former record is kept as
-boot.json.bak. Fields of a record that this version does not know are left alone, so that a newer slotd may add some.
+`record`; a file that is not byte for byte what slotd would have written is not believed. boot.json.bak is a copy,
+written when boot.json is durable: damage to either costs nothing. Fields of a record that this version does not know
+are left alone, so that a newer slotd may add some.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import hashlib
 import json
 import os
 import stat
-from dataclasses import asdict, dataclass
+import threading
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ NAME = "boot.json"
 BACKUP = "boot.json.bak"
 FORMAT = 1
 MAX_BYTES = 64 * 1024
+_writing = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class BootRecord:
     committed: ModelRef | None
     previous: ModelRef | None
     repaired: str | None = None
-    """Why this came from boot.json.bak, if it did; raise an issue and write the record again. Never written."""
+    """What is wrong with one of the two files, if anything: raise an issue, write the record again. Never written."""
 
 
 class _Unusable(Exception):
@@ -57,25 +61,28 @@ class _Unusable(Exception):
 def read_boot(state_dir: Path) -> BootRecord:
     """What the host boots into; blocking.
 
-    No file: generation 0 and no models. boot.json unreadable or gone while boot.json.bak is there: the record of the
-    latter, with `repaired` set. Both unusable: StorageError; the daemon then starts `empty` with that as an issue, and
-    the next write_boot makes a good file again (unusable ones stay beside it as *.broken).
+    No file: generation 0 and no models. boot.json unusable or gone while boot.json.bak is there: the record of the
+    latter, with `repaired` set; so it is if only boot.json.bak is bad. Both unusable: StorageError, and the next
+    write_boot makes good files again (an unusable boot.json stays beside it as *.broken).
     """
     reasons = []
+    found: dict[str, BootRecord] = {}
     for name in (NAME, BACKUP):
         try:
             content = _content(state_dir / name)
-            if content is None:
-                continue
-            record = _decode(content)
+            if content is not None:
+                found[name] = _decode(content)
         except _Unusable as fault:
             reasons.append(f"{name} {fault}")
-            continue
-        if name == NAME:
-            return record
+    if NAME in found:
+        # A backup that lags behind is what a power cut right after the rename leaves; one that is gone is not.
+        if BACKUP not in found and not reasons and found[NAME].generation > 1:
+            reasons.append(f"{BACKUP} is gone")
+        return replace(found[NAME], repaired=reasons[0] if reasons else None)
+    if BACKUP in found:
         why = reasons[0] if reasons else f"{NAME} is gone"
-        log.error("boot record taken from the backup", reason=why, generation=record.generation)
-        return BootRecord(record.generation, record.committed, record.previous, repaired=why)
+        log.error("boot record taken from the backup", reason=why, generation=found[BACKUP].generation)
+        return replace(found[BACKUP], repaired=why)
     if reasons:
         raise StorageError(
             "what the host should boot into cannot be read: " + "; ".join(reasons),
@@ -85,58 +92,110 @@ def read_boot(state_dir: Path) -> BootRecord:
     return BootRecord(0, None, None)
 
 
-def write_boot(state_dir: Path, record: BootRecord) -> None:
-    """Commit a record; blocking. When this returns it survives a power cut; if it raises, the old record is in force.
+def write_boot(state_dir: Path, record: BootRecord) -> str | None:
+    """Commit a record; blocking. The rename of boot.json is the commit: what the file says then is so.
 
-    Raises StorageError. A crash in between leaves the old record or the new one, never neither.
+    None: it survives a power cut. A text: it is in force, but the disk did not confirm it, so a power cut may bring the
+    old record back; write it again when the disk works. Raises StorageError: the old record is in force.
     """
     content = _encode(record)
+    with _writing:
+        try:
+            try:
+                return _commit(state_dir, content)
+            except OSError as error:
+                if not is_full(error) or not Reserve(state_dir).release():
+                    raise
+                return _commit(state_dir, content)
+        except OSError as error:
+            raise _error(state_dir, error) from error
+
+
+def confirm_boot(state_dir: Path, record: BootRecord) -> str | None:
+    """As write_boot, unless both files hold the record already; at the start, and when a disk works again."""
+    wanted = replace(record, repaired=None)
+    try:
+        if all(_decode(_content(state_dir / name) or b"") == wanted for name in (NAME, BACKUP)):
+            return None
+    except _Unusable as fault:
+        log.warning("the boot record is written again", reason=str(fault))
+    return write_boot(state_dir, record)
+
+
+def rehearse_boot(state_dir: Path) -> None:
+    """Whether a record could be committed now: writes as much beside it. Blocking. Raises StorageError."""
+    trial = state_dir / f"{NAME}.try"
     try:
         try:
-            _commit(state_dir, content)
-        except OSError as error:
-            if not is_full(error) or not Reserve(state_dir).release():
-                raise
-            _commit(state_dir, content)
+            _write(trial, bytes(4096))
+        finally:
+            trial.unlink(missing_ok=True)
     except OSError as error:
-        raise StorageError(
-            f"cannot be written: {error.strerror or error}",
-            field=str(state_dir / NAME),
-            hint="free some space" if is_full(error) else "check the disk and its mount",
-        ) from error
+        if not (is_full(error) and Reserve(state_dir).path.exists()):  # a commit may use that
+            raise _error(state_dir, error) from error
 
 
-def _commit(folder: Path, content: bytes) -> None:
+def _error(state_dir: Path, error: OSError) -> StorageError:
+    return StorageError(
+        f"cannot be written: {error.strerror or error}",
+        field=str(state_dir / NAME),
+        hint="free some space" if is_full(error) else "check the disk and its mount",
+    )
+
+
+def _commit(folder: Path, content: bytes) -> str | None:
+    """Raises OSError: then nothing has changed."""
     try:
         former = _content(folder / NAME)
         if former is not None:
             _decode(former)
-    except _Unusable as fault:  # the backup is the better one then: it stays, and the unusable file is kept to look at
+    except _Unusable as fault:
         log.error("the boot record was unusable and is replaced", reason=str(fault))
         _keep_broken(folder / NAME)
-    else:
-        if former is not None:
-            _replace(folder, BACKUP, former)
-    _replace(folder, NAME, content)
+    try:
+        _replace(folder, NAME, content)
+    except OSError:
+        if not _holds(folder, content):  # a rename that failed may have been done all the same
+            raise
+    try:
+        sync_folder(folder)
+        # Not before: until here the former record must survive somewhere.
+        _replace(folder, BACKUP, content)
+        sync_folder(folder)
+    except OSError as error:
+        log.error("the boot record is in force but not confirmed", error=str(error))
+        return f"{folder / NAME}: is in force, but may not survive a power cut: {error.strerror or error}"
+    return None
+
+
+def _holds(folder: Path, content: bytes) -> bool:
+    try:
+        return _content(folder / NAME) == content
+    except _Unusable:
+        return False
 
 
 def _replace(folder: Path, name: str, content: bytes) -> None:
     temporary = folder / f"{name}.new"
     try:
-        # O_TRUNC rather than O_EXCL: a crash may have left one behind.
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-        try:
-            written = 0
-            while written < len(content):
-                written += os.write(fd, content[written:])
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        _write(temporary, content)
         os.rename(temporary, folder / name)
     except OSError:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # the first error is the one to tell
+            temporary.unlink(missing_ok=True)
         raise
-    sync_folder(folder)
+
+
+def _write(path: Path, content: bytes) -> None:
+    # O_TRUNC rather than O_EXCL: a crash may have left one behind.
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    try:
+        written = 0
+        while written < len(content):
+            written += os.write(fd, content[written:])
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def sync_folder(folder: Path) -> None:
@@ -152,8 +211,11 @@ def _keep_broken(path: Path) -> None:
     """A second name for an unusable file; the first is about to be replaced. Only for people, so it may fail."""
     other = path.with_name(f"{path.name}.broken")
     try:
-        other.unlink(missing_ok=True)
-        os.link(path, other)
+        if path.is_dir() and not path.is_symlink():
+            os.rename(path, other)
+        else:
+            other.unlink(missing_ok=True)
+            os.link(path, other, follow_symlinks=False)
     except OSError as error:
         log.warning("the unusable boot record could not be kept", path=str(path), error=str(error))
 

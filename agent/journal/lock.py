@@ -9,7 +9,11 @@ import time
 from pathlib import Path
 from types import TracebackType
 
+import structlog
+
 from agent.errors import Conflict, StorageError
+
+log = structlog.get_logger(__name__)
 
 _TRIES, _PAUSE = 25, 0.02
 
@@ -27,9 +31,8 @@ class Lock:
             fd, self._fd = self._fd, None
             try:
                 os.ftruncate(fd, 0)
-            except OSError as error:
-                if error.errno not in (errno.EROFS, errno.EINVAL, errno.EBADF):
-                    raise
+            except OSError as error:  # a pid that has ended is in nobody's way
+                log.debug("the pid stays in the lock file", error=str(error))
             finally:
                 os.close(fd)
 
@@ -101,10 +104,8 @@ def _write_pid(fd: int) -> None:
     try:
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
-    except OSError as error:
-        # The pid is a courtesy; on a full or read-only disk the lock holds without it.
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EBADF, errno.EINVAL):
-            raise
+    except OSError as error:  # a courtesy: on a full, read-only or broken disk the lock holds without it
+        log.warning("the pid cannot be written into the lock file", error=str(error))
 
 
 def _holder(fd: int) -> int | None:

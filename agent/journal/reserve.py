@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from pathlib import Path
 
 import structlog
@@ -24,8 +25,9 @@ class Reserve:
     def hold(self) -> bool:
         """Take the space, unless it is held already or the disk has not four times as much free. True if it is held."""
         try:
-            if self.path.exists():
+            if self._held():
                 return True
+            self.path.unlink(missing_ok=True)
             disk = os.statvfs(self.path.parent)
             if disk.f_bavail * disk.f_frsize < 4 * self.size:
                 return False
@@ -41,6 +43,13 @@ class Reserve:
             log.warning("no reserve on the disk", path=str(self.path), error=str(error))
             return False
         return True
+
+    def _held(self) -> bool:
+        try:
+            status = self.path.lstat()
+        except FileNotFoundError:
+            return False
+        return stat.S_ISREG(status.st_mode) and status.st_size >= self.size
 
     def release(self) -> bool:
         """Give the space up. True if there was some to give."""

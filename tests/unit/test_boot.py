@@ -17,7 +17,7 @@ import pytest
 
 from agent.errors import StorageError
 from agent.journal import boot
-from agent.journal.boot import BootRecord, ModelRef, read_boot, write_boot
+from agent.journal.boot import BootRecord, ModelRef, confirm_boot, read_boot, rehearse_boot, write_boot
 
 A = ModelRef("sha256:" + "a" * 64, "registry:5000/resnet50:3", "resnet50", "3")
 B = ModelRef("sha256:" + "b" * 64, "oci:/layout:größe", "vgg16", "12")
@@ -36,13 +36,34 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["boot.json", "boot.json.bak"]
 
 
-def test_the_former_record_is_the_backup(tmp_path: Path) -> None:
+def test_either_file_is_enough(tmp_path: Path) -> None:
     write_boot(tmp_path, OLD)
     write_boot(tmp_path, NEW)
+    for name in ("boot.json", "boot.json.bak"):
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / name).unlink()
+        found = read_boot(tmp_path)
+        assert replace(found, repaired=None) == NEW
+        assert found.repaired == f"{name} is gone"
+        assert confirm_boot(tmp_path, found) is None
+        assert (tmp_path / name).read_bytes() == content
+
+
+def test_a_backup_that_lags_behind_is_brought_up_quietly(tmp_path: Path) -> None:
+    write_boot(tmp_path, OLD)
+    former = (tmp_path / "boot.json").read_bytes()
+    write_boot(tmp_path, NEW)
+    (tmp_path / "boot.json.bak").write_bytes(former)  # as a power cut right after the rename leaves it
+    assert read_boot(tmp_path) == NEW
+    assert confirm_boot(tmp_path, NEW) is None
     (tmp_path / "boot.json").unlink()
-    found = read_boot(tmp_path)
-    assert replace(found, repaired=None) == OLD
-    assert found.repaired == "boot.json is gone"
+    assert replace(read_boot(tmp_path), repaired=None) == NEW
+
+
+def test_the_first_commit_may_be_cut_off_before_its_backup(tmp_path: Path) -> None:
+    write_boot(tmp_path, BootRecord(1, A, None))
+    (tmp_path / "boot.json.bak").unlink()
+    assert read_boot(tmp_path) == BootRecord(1, A, None)
 
 
 def test_truncated_at_every_byte(tmp_path: Path) -> None:
@@ -53,7 +74,7 @@ def test_truncated_at_every_byte(tmp_path: Path) -> None:
     for length in range(len(content)):
         path.write_bytes(content[:length])
         found = read_boot(tmp_path)
-        assert replace(found, repaired=None) == OLD, length
+        assert replace(found, repaired=None) == NEW, length
         assert found.repaired is not None and found.repaired.startswith("boot.json "), length
 
 
@@ -69,7 +90,7 @@ def test_a_bit_flipped_at_every_byte(tmp_path: Path) -> None:
             with pytest.raises(boot._Unusable):
                 boot._decode(bytes(damaged))
         path.write_bytes(damaged)
-        assert replace(read_boot(tmp_path), repaired=None) == OLD, place
+        assert replace(read_boot(tmp_path), repaired=None) == NEW, place
 
 
 @pytest.mark.parametrize(
@@ -93,7 +114,7 @@ def test_what_is_no_record_is_not_believed(tmp_path: Path, content: bytes) -> No
     write_boot(tmp_path, OLD)
     write_boot(tmp_path, NEW)
     (tmp_path / "boot.json").write_bytes(content)
-    assert replace(read_boot(tmp_path), repaired=None) == OLD
+    assert replace(read_boot(tmp_path), repaired=None) == NEW
     (tmp_path / "boot.json.bak").write_bytes(content)
     with pytest.raises(StorageError) as caught:
         read_boot(tmp_path)
@@ -118,7 +139,7 @@ def test_a_broken_record_does_not_become_the_backup(tmp_path: Path) -> None:
     assert read_boot(tmp_path) == third
     assert (tmp_path / "boot.json.broken").read_bytes() == b"broken"
     (tmp_path / "boot.json").unlink()
-    assert replace(read_boot(tmp_path), repaired=None) == OLD
+    assert replace(read_boot(tmp_path), repaired=None) == third
 
 
 def test_links_and_folders_are_no_record(tmp_path: Path) -> None:
@@ -133,17 +154,19 @@ def test_links_and_folders_are_no_record(tmp_path: Path) -> None:
     assert read_boot(other) == NEW
     (other / "boot.json").unlink()
     (other / "boot.json").mkdir()
-    with pytest.raises(StorageError):
-        read_boot(other)
-    with pytest.raises(StorageError, match=r"boot\.json"):
-        write_boot(other, OLD)
+    assert read_boot(other).repaired == "boot.json is not a plain file"
+    write_boot(other, OLD)
+    assert read_boot(other) == OLD
 
 
 def test_fields_of_a_newer_slotd_are_left_alone(tmp_path: Path) -> None:
     fields = json.loads(boot._encode(NEW))["record"] | {"pinned": True}
     fields["committed"]["signed_by"] = "somebody"
-    (tmp_path / "boot.json").write_bytes(boot._sealed(1, fields))
+    for name in ("boot.json", "boot.json.bak"):
+        (tmp_path / name).write_bytes(boot._sealed(1, fields))
     assert read_boot(tmp_path) == NEW
+    assert confirm_boot(tmp_path, NEW) is None
+    assert (tmp_path / "boot.json").read_bytes() == boot._sealed(1, fields)
 
 
 def test_no_folder(tmp_path: Path) -> None:
@@ -221,6 +244,77 @@ def test_a_disk_that_fails_leaves_the_old_record(tmp_path: Path, monkeypatch: py
     assert not list(tmp_path.glob("*.new"))
     write_boot(tmp_path, NEW)
     assert read_boot(tmp_path) == NEW
+
+
+def faulty(monkeypatch: pytest.MonkeyPatch, folder: Path, *, rename_done: bool, reading: bool = True) -> None:
+    """The disk fails from the rename of boot.json on; `rename_done`: which says that it failed, but was done."""
+    rename, fsync, open_, broken = os.rename, os.fsync, os.open, False
+
+    def renamed(source: Any, target: Any) -> None:
+        nonlocal broken
+        if Path(target) == folder / "boot.json":
+            broken = True
+            if rename_done:
+                rename(source, target)
+                raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    def synced(fd: int) -> None:
+        if broken:
+            raise OSError(5, "Input/output error")
+        fsync(fd)
+
+    def opened(path: Any, flags: int, *more: Any) -> int:
+        if broken and not reading and Path(path).name == "boot.json":
+            raise OSError(5, "Input/output error")
+        return open_(path, flags, *more)
+
+    for name, call in (("rename", renamed), ("fsync", synced), ("open", opened)):
+        monkeypatch.setattr(os, name, call)
+
+
+@pytest.mark.parametrize("rename_done", [False, True], ids=["folder-not-synced", "rename-said-no"])
+def test_what_the_file_says_is_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rename_done: bool) -> None:
+    """The new record is in the file: then it is in force, and the caller hears that it may not last."""
+    write_boot(tmp_path, OLD)
+    faulty(monkeypatch, tmp_path, rename_done=rename_done)
+    doubt = write_boot(tmp_path, NEW)
+    assert doubt is not None and "power cut" in doubt and "Input/output error" in doubt
+    assert read_boot(tmp_path) == NEW
+    monkeypatch.undo()
+    assert json.loads((tmp_path / "boot.json.bak").read_bytes())["record"]["generation"] == OLD.generation
+    assert confirm_boot(tmp_path, NEW) is None
+    (tmp_path / "boot.json").unlink()
+    assert replace(read_boot(tmp_path), repaired=None) == NEW
+
+
+def test_a_file_that_cannot_even_be_read_is_the_old_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever is told no writes the old record again when the disk works."""
+    write_boot(tmp_path, OLD)
+    faulty(monkeypatch, tmp_path, rename_done=True, reading=False)
+    with pytest.raises(StorageError):
+        write_boot(tmp_path, NEW)
+    monkeypatch.undo()
+    assert confirm_boot(tmp_path, OLD) is None
+    assert read_boot(tmp_path) == OLD
+
+
+def test_a_rehearsal_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_boot(tmp_path, OLD)
+    rehearse_boot(tmp_path)
+    assert read_boot(tmp_path) == OLD
+    assert sorted(os.listdir(tmp_path)) == ["boot.json", "boot.json.bak"]
+
+    def fail(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(StorageError, match="No space left") as caught:
+        rehearse_boot(tmp_path)
+    assert caught.value.hint == "free some space"
+    assert sorted(os.listdir(tmp_path)) == ["boot.json", "boot.json.bak"]
+    (tmp_path / "reserve").write_bytes(b"")
+    rehearse_boot(tmp_path)  # a commit may use that
 
 
 _WRITER = """
