@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help venv tools lint format test test-long test-tensorflow demo protos clean
+.PHONY: help venv tools lint format test test-long test-tensorflow demo deb protos clean
 
 help: ## Print this
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-24s %s\n", $$1, $$2}'
@@ -55,6 +55,7 @@ lint: venv ## ruff, mypy --strict, import contracts
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/mypy packaging/versions.py packaging/build.py
 	$(VENV)/bin/lint-imports
 
 format: venv ## Format the sources
@@ -72,6 +73,11 @@ test-tensorflow: venv $(VENV_TENSORFLOW)/.installed ## Preprocessing against rea
 
 demo: $(VENV_DEMO)/.installed ## Two real models, swapped under load, on this machine alone
 	@$(VENV_DEMO)/bin/slotd demo
+
+# With Debian's Python, since that is what runs it.
+deb: ## Build the Debian package, build/deb/slotd_VERSION_ARCHITECTURE.deb
+	@/usr/bin/python3 -c 'import ensurepip' 2>/dev/null || $(call apt,python3 python3-venv)
+	@/usr/bin/python3 packaging/build.py
 
 protos: venv ## Compile the .proto files
 	cd agent/serving/protos && $(CURDIR)/$(VENV)/bin/python -m grpc_tools.protoc -I. --include_imports \
