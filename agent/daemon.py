@@ -41,6 +41,8 @@ from agent.slot.deployment import Deployments
 from agent.slot.installer import Installer
 from agent.slot.recovery import Recovery
 from agent.slot.residents import Residents
+from agent.upgrade import TakenBack, read_taken_back
+from agent.upgrade import report as report_taken_back
 from drivers import make
 
 log = structlog.get_logger(__name__)
@@ -124,6 +126,7 @@ class Daemon:
         self.stop_asked = asyncio.Event()
         self.ready = asyncio.Event()
         self.host: SlotHost | None = None
+        self.taken_back: TakenBack | None = None
 
     async def run(self) -> int:
         """Until SIGTERM or a fault. Raises InvalidConfig, Conflict, StorageError before anything is served."""
@@ -172,6 +175,9 @@ class Daemon:
         tasks.spawn(teller.run(), "teller")
         stack.push_async_callback(teller.flush, 2.0)
         issues.on_event = teller.tell
+        self.taken_back = await asyncio.to_thread(read_taken_back)
+        if self.taken_back is not None:
+            await report_taken_back(self.taken_back, issues, journal, teller.tell)
 
         try:
             driver = make(config.slot.driver, config.driver_options)
@@ -289,6 +295,8 @@ class Daemon:
                 host.installer.state = await host.installer.probe()
             state = host.arbiter.host.value
             text = f"{state}: {host.deployments.boot.committed.name if host.deployments.boot.committed else 'no model'}"
+            if self.taken_back is not None:
+                text = f"{text}; {self.taken_back.text}"
             running = host.deployments.running
             notify_status(f"{text}, {running.phase} {running.name or ''}" if running else text)
             if journal.degraded:
