@@ -51,6 +51,20 @@ class Journal:
         """Why the journal is in memory only or the disk cannot be written; None when all is well. May change."""
         return self.database.degraded
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether what is journaled now is lost with this process."""
+        return self.database.in_memory
+
+    @property
+    def fresh(self) -> bool:
+        """Whether it was made anew by this process, because there was none or none that could be used."""
+        return self.database.fresh
+
+    async def probe(self) -> None:
+        """Shows that the disk takes it, and tries at once what waits for the disk to be mended. Raises StorageError."""
+        await self.database.probe()
+
     async def close(self) -> None:
         """After everything that was asked for; idempotent."""
         await self.database.close()
@@ -88,9 +102,14 @@ class Journal:
             lambda db, wall: deployments.end(db, wall, steady, deployment_id, outcome, fault, digest, full)
         )
 
+    async def call_off(self, deployment_id: str, error: Mapping[str, Any]) -> None:
+        """Somebody has called it off; it has still to come to its end, now or after a restart."""
+        text = pack(error, "error")
+        await self.database.run(lambda db, _: deployments.call_off(db, deployment_id, text))
+
     async def unfinished(self) -> list[dict[str, Any]]:
         """Deployments without an outcome, oldest first: what `begin` was given, and `digest`, `phase` (the last that
-        began), `phases`, `attempts` (of the digest), `started`."""
+        began), `phases`, `attempts` (of the digest), `called_off` (an error or None), `started`."""
         return await self.database.run(lambda db, _: deployments.unfinished(db))
 
     async def last(self, count: int = 1) -> list[dict[str, Any]]:

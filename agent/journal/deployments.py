@@ -16,7 +16,7 @@ MAX_DEPLOYMENTS = 1000
 MAX_ATTEMPTS = 1000
 """How many keys have their attempts remembered."""
 
-_COLUMNS = "number, id, asked, digest, created, ended, ended_steady, outcome, error, document"
+_COLUMNS = "number, id, asked, digest, created, ended, ended_steady, outcome, error, document, called_off"
 
 
 def asked(deployment: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,6 +71,10 @@ def end(
     )
 
 
+def call_off(db: sqlite3.Connection, deployment: str, error: str) -> None:
+    db.execute("UPDATE deployments SET called_off = ? WHERE number = ?", (error, _number(db, deployment)))
+
+
 def unfinished(db: sqlite3.Connection) -> list[dict[str, Any]]:
     """Oldest first."""
     rows = db.execute(f"SELECT {_COLUMNS} FROM deployments WHERE outcome IS NULL ORDER BY number").fetchall()  # noqa: S608
@@ -118,7 +122,7 @@ def _number(db: sqlite3.Connection, deployment: str) -> int:
 
 
 def _document(db: sqlite3.Connection, row: tuple[Any, ...]) -> dict[str, Any]:
-    number, name, text, digest, created, ended, ended_steady, outcome, error, document = row
+    number, name, text, digest, created, ended, ended_steady, outcome, error, document, called_off = row
     if document is not None:
         stored: dict[str, Any] = unpack(document)
         return stored
@@ -148,5 +152,6 @@ def _document(db: sqlite3.Connection, row: tuple[Any, ...]) -> dict[str, Any]:
         "phases": phases,
         "outcome": outcome,
         "error": unpack(error),
+        "called_off": unpack(called_off),
         "seconds": None if ended is None else round(max(0.0, ended - created), 3),
     }

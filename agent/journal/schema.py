@@ -60,6 +60,9 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         )""",
         "CREATE INDEX outbox_by_age ON outbox (created, size)",
     ),
+    # The error that a deployment was called off with, before it has come to its end.
+    ("ALTER TABLE deployments ADD COLUMN called_off TEXT",),
 )
 
 TABLES = frozenset({"meta", "state", "deployments", "phases", "attempts", "commands", "outbox"})
+"""What a journal of any schema has."""

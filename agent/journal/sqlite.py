@@ -1,6 +1,8 @@
 """The database file beneath the journal: one thread, one connection, and what happens when the disk fails.
 
-* Unreadable, or written by a newer slotd: put aside as journal.db.broken-<n> (three are kept), and a fresh one made.
+* Unreadable, or written by a newer slotd: put aside (see files.py), and a fresh one made. The newer slotd takes back
+  what it finds put aside.
+* Of an older slotd: copied, then migrated.
 * Cannot be opened for writing: a copy of it in memory, so that the host serves; on the disk again when that works.
 * A write fails: StorageError, nothing of it is kept, the next call tries again. On a full disk the reserve goes first.
 """
@@ -9,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import re
 import shutil
 import sqlite3
 import tempfile
@@ -18,12 +19,15 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import structlog
 
 from agent.errors import StorageError
+from agent.journal import files
 from agent.journal.boot import sync_folder
+from agent.journal.files import NAME, Reason
+from agent.journal.history import take_back
 from agent.journal.reserve import Reserve, is_full
 from agent.journal.schema import APPLICATION, MIGRATIONS, TABLES
 
@@ -32,10 +36,9 @@ Work = Callable[[sqlite3.Connection, float], T]
 
 log = structlog.get_logger(__name__)
 
-NAME = "journal.db"
-KEPT_ASIDE = 3
 RETRY_DISK = 60.0
-"""Seconds between two attempts to move from memory to the disk, or to take the reserve back."""
+"""Seconds between two attempts to move from memory to the disk, or to take the reserve back; a probe does not wait."""
+MEMORY = Path("/dev/shm")  # noqa: S108  # where a journal is copied that cannot be opened where it lies
 CLOCK_STEP = 60.0
 """Seconds by which the wall clock must jump for the ages of what is kept to be put right."""
 BUSY = 5.0
@@ -73,7 +76,7 @@ class PutAside:
     """A database that could not be used."""
 
     name: str
-    reason: Literal["broken", "newer"]
+    reason: Reason
     detail: str
 
     def __str__(self) -> str:
@@ -81,9 +84,9 @@ class PutAside:
 
 
 class _Unusable(Exception):
-    def __init__(self, reason: Literal["broken", "newer"], detail: str) -> None:
+    def __init__(self, reason: Reason, detail: str) -> None:
         super().__init__(detail)
-        self.reason: Literal["broken", "newer"] = reason
+        self.reason: Reason = reason
 
 
 class Database:
@@ -95,6 +98,8 @@ class Database:
         self.degraded: str | None = None
         """Why the disk is not what it should be; None when all is well."""
         self.in_memory = False
+        self.fresh = False
+        """It was made anew, because there was none or none that could be used."""
         self.put_aside: PutAside | None = None
         self._connection: sqlite3.Connection | None = None
         self._seeded = True
@@ -117,6 +122,15 @@ class Database:
         if self._closed:
             raise StorageError("the journal is closed")
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._run, work)
+
+    async def probe(self) -> None:
+        """Shows that it can be written; what waits for the disk to work again is tried now. Raises StorageError."""
+
+        def work(connection: sqlite3.Connection, wall: float) -> None:
+            connection.execute("INSERT OR REPLACE INTO meta VALUES ('probed', ?)", (str(wall),))
+
+        self._tried = -RETRY_DISK
+        await self.run(work)
 
     async def close(self) -> None:
         """After all that was asked for; idempotent."""
@@ -165,7 +179,7 @@ class Database:
         full = isinstance(error, sqlite3.Error) and _code(error) == sqlite3.SQLITE_FULL
         if not full and not self.in_memory:
             self._drop()  # opened anew by the next call, with nothing left of what went wrong
-        self.degraded = f"the journal cannot be written: {error}"
+        self.degraded = f"{self.path}: the journal cannot be written: {error}"
         log.error("the journal cannot be written", error=str(error))
         hint = "free some space" if full else "check the disk and its mount"
         return StorageError(f"the journal cannot be written: {error}", field=str(self.path), hint=hint)
@@ -194,7 +208,7 @@ class Database:
         if not self._reserve.release():
             return False
         self._reserve_used = True
-        self.degraded = "the disk is full: the journal uses its reserve"
+        self.degraded = f"{self.path}: the disk is full: the journal uses its reserve"
         return True
 
     def _recover(self) -> None:
@@ -211,13 +225,15 @@ class Database:
         """The connection, made anew if it was given up, on the disk again if it was in memory."""
         if self._connection is None:
             self._connection = self._on_disk()
-        elif self.in_memory and self._seeded and self.clock.steady() - self._tried >= RETRY_DISK:
+        elif self.in_memory and self.clock.steady() - self._tried >= RETRY_DISK:
             self._tried = self.clock.steady()
             try:
                 disk = self._on_disk()
             except (sqlite3.Error, OSError) as error:
                 log.debug("the journal stays in memory", error=str(error))
             else:
+                if not self._seeded:  # what lies there could not be read before
+                    take_back(self._connection, disk)
                 self._connection.backup(disk)  # one transaction: all of it or nothing
                 self._drop()
                 self._connection, self.in_memory, self.degraded = disk, False, None
@@ -246,11 +262,17 @@ class Database:
     def _connect(self) -> sqlite3.Connection:
         if self.path.is_symlink() or (self.path.exists() and not self.path.is_file()):
             raise _Unusable("broken", "is not a plain file")
+        files.finish(self.path.parent)
         fresh = not self.path.exists()
         os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
         connection = sqlite3.connect(self.path, timeout=BUSY, isolation_level=None)
         try:
-            _check(connection)
+            # Alone with it, SQLite maps no file into memory; on a disk with faults a mapping ends the process.
+            connection.execute("PRAGMA locking_mode = EXCLUSIVE")
+            connection.execute("PRAGMA mmap_size = 0")
+            version = _check(connection)
+            if 0 < version < len(MIGRATIONS):
+                files.copy_before_migration(connection, self.path.parent, version)
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute(f"PRAGMA journal_size_limit = {4 << 20}")
@@ -260,7 +282,28 @@ class Database:
             raise
         if fresh:
             sync_folder(self.path.parent)
+        self.fresh = self.fresh or version == 0
+        for aside in reversed(files.newer(self.path.parent)):
+            self._take_back(connection, aside)
         return connection
+
+    def _take_back(self, connection: sqlite3.Connection, aside: Path) -> None:
+        """What an older slotd had left aside, if it is not too new for us as well."""
+        try:
+            older = sqlite3.connect(aside, timeout=BUSY, isolation_level=None)
+            try:
+                older.execute("PRAGMA locking_mode = EXCLUSIVE")
+                _check(older)
+                _migrate(older)
+                came = take_back(connection, older)
+            finally:
+                older.close()
+            files.remove(aside.parent, aside.name)
+            log.info("the history that an older slotd had left aside is back", name=aside.name, deployments=came)
+        except _Unusable as fault:
+            log.warning("a journal stays aside", name=aside.name, reason=str(fault))
+        except (sqlite3.Error, OSError) as error:
+            log.error("a journal that was left aside cannot be read", name=aside.name, error=str(error))
 
     def _copy(self) -> sqlite3.Connection:
         """The database in memory, with all that can be read of the one on the disk."""
@@ -268,7 +311,8 @@ class Database:
         if self.path.is_file():
             try:
                 # On a read-only disk SQLite cannot read a WAL database where it lies.
-                with tempfile.TemporaryDirectory(prefix="slotd-journal-") as folder:
+                place = MEMORY if os.access(MEMORY, os.W_OK) else None
+                with tempfile.TemporaryDirectory(prefix="slotd-journal-", dir=place) as folder:
                     for name in (NAME, f"{NAME}-wal"):
                         if (self.path.parent / name).exists():
                             shutil.copy(self.path.parent / name, folder)
@@ -287,19 +331,7 @@ class Database:
         return memory
 
     def _put_aside(self, fault: _Unusable) -> None:
-        folder = self.path.parent
-        pattern = re.compile(re.escape(NAME) + r"\.broken-(\d+)")
-        numbers = sorted(int(match[1]) for name in os.listdir(folder) if (match := pattern.fullmatch(name)))
-        name = f"{NAME}.broken-{(numbers[-1] if numbers else 0) + 1}"
-        # The log goes first: beside a fresh database a left-over one would be played into it.
-        for suffix in ("-wal", "-shm", ""):
-            old = folder / f"{NAME}{suffix}"
-            if old.exists() or old.is_symlink():
-                old.rename(folder / f"{name}{suffix}")
-        for number in numbers[: max(0, len(numbers) + 1 - KEPT_ASIDE)]:
-            for suffix in ("-wal", "-shm", ""):
-                _remove(folder / f"{NAME}.broken-{number}{suffix}")
-        sync_folder(folder)
+        name = files.put_aside(self.path.parent, fault.reason)
         self.put_aside = PutAside(name, fault.reason, str(fault))
         log.error("the journal was put aside", name=name, reason=fault.reason, detail=str(fault))
 
@@ -312,21 +344,14 @@ class Database:
                 log.warning("the journal was not closed cleanly", error=str(error))
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
 def _code(error: sqlite3.Error) -> int:
     """SQLite's primary result code; 0 if the error did not come from SQLite itself."""
     return getattr(error, "sqlite_errorcode", 0) & 0xFF
 
 
-def _check(connection: sqlite3.Connection) -> None:
-    """That it is ours, sound, and not from the future. Raises _Unusable, sqlite3.Error."""
-    version = connection.execute("PRAGMA user_version").fetchone()[0]
+def _check(connection: sqlite3.Connection) -> int:
+    """The schema of one that is ours, sound, and not from the future. Raises _Unusable, sqlite3.Error."""
+    version: int = connection.execute("PRAGMA user_version").fetchone()[0]
     application = connection.execute("PRAGMA application_id").fetchone()[0]
     names = {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
     if version > len(MIGRATIONS):
@@ -336,6 +361,7 @@ def _check(connection: sqlite3.Connection) -> None:
     verdict = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
     if verdict != "ok":
         raise _Unusable("broken", f"is damaged ({verdict})")
+    return version
 
 
 def _migrate(connection: sqlite3.Connection) -> None:
