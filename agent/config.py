@@ -91,6 +91,8 @@ class SwapConfig(Section):
     """What requests get while the slot cannot answer."""
     on_weak_bridge: Literal["proceed", "wait_for_quiet", "refuse"] = "proceed"
     """What to do if the bridge could not carry the present load."""
+    quiet_timeout: Seconds = 3600.0
+    """How long wait_for_quiet waits before the deployment is refused."""
     allow_signature_change: bool = False
     """Whether a model with other tensor names, dtypes or shapes may be deployed."""
     min_interval: Seconds = 0.0

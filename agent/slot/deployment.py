@@ -32,7 +32,7 @@ from agent.serving.trials import Trials
 from agent.slot.arbiter import Arbiter, AtBoundary, Ended, Interrupt, Joined, Outcome, Phase, Queued, Start, Turn
 from agent.slot.attempt import Deployment
 from agent.slot.installer import Installer
-from agent.slot.preflight import check_slot, preflight
+from agent.slot.preflight import check_signature, check_slot, preflight
 from agent.slot.probation import Probation
 from agent.slot.recovery import Recovery
 from agent.slot.residents import Resident, Residents
@@ -132,7 +132,8 @@ class Deployments:
         previous = self.boot.previous
         self.arbiter.rollback_target(previous.digest if previous else None)
         assert previous is not None
-        wish = Wish(previous.reference, digest=previous.digest, allow_signature_change=True)
+        # What was committed once was allowed once: a way back that asks for leave again is none.
+        wish = Wish(previous.reference, digest=previous.digest, allow_signature_change=True, accept_dark=True)
         deployment = Deployment(_new_id(), wish, actor, Turn("", wish), kind="rollback")
         return await self._ask(deployment)
 
@@ -377,6 +378,7 @@ class Deployments:
         resident = await preflight(
             self.config, self.installer.driver, self.residents, self.dataplane, deployment, wish, model, committed
         )
+        told = resident.signature
         async with self.installer.lock:
             await self._count_attempt(deployment, model.digest)
             await self._drain(deployment)
@@ -384,6 +386,8 @@ class Deployments:
                 resident, lambda phase: self._enter(deployment, phase), force=wish.force
             )
             deployment.notes["proof"] = proven.report.as_dict()
+            if committed is not None and told is None:  # nothing but the slot could tell it
+                check_signature(self.config, wish, committed, proven.seat.signature)
             self.residents.lift(resident)
             self.installer.trust(resident, proven.report)
             await self._enter(deployment, Phase.SWITCH)

@@ -166,6 +166,8 @@ class Installer:
         launch = launch_model(self.config, resident.model, "slot", role="slot", maps=resident.maps)
         worker = await Worker.start(launch, timeout=self.config.slot.load_timeout)
         seat = Seat.of(resident.model, On.SLOT.value, worker, resident.decoders)
+        if resident.signature is None:
+            resident.signature = seat.signature
         self.seat = seat
         self.arbiter.slot_loaded(resident.model.digest, seat.key)
         self._watch = asyncio.create_task(self._watch_death(seat), name="slot-executor-watch")

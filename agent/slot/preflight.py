@@ -9,6 +9,7 @@ from pathlib import Path
 from agent.config import Config
 from agent.errors import ExecutorError, Refused
 from agent.executor.seat import Seat
+from agent.model.signature import Signature
 from agent.model.spec import Model
 from agent.model.wish import Wish
 from agent.serving.dataplane import Dataplane
@@ -58,7 +59,7 @@ async def preflight(
     known = model.digest in residents.models
     resident = await residents.admit(model, idle=True)
     if committed is not None:
-        _check_signature(config, wish, committed, resident)
+        check_signature(config, wish, committed, resident.signature)
     if not model.spec.has_bridge:
         return resident
     bridge = await _bridge(config, resident)
@@ -82,13 +83,14 @@ async def _bridge(config: Config, resident: Resident) -> Seat:
     return resident.bridge
 
 
-def _check_signature(config: Config, wish: Wish, committed: Resident, resident: Resident) -> None:
+def check_signature(config: Config, wish: Wish, committed: Resident, signature: Signature | None) -> None:
+    """Whether clients of the committed model could go on with this one. Raises Refused SIGNATURE_CHANGED."""
     allowed = wish.allow_signature_change
     if config.swap.allow_signature_change if allowed is None else allowed:
         return
-    if committed.signature is None or resident.signature is None:
+    if committed.signature is None or signature is None:
         return
-    differences = committed.signature.differences(resident.signature)
+    differences = committed.signature.differences(signature)
     if differences:
         raise Refused(
             f"clients of {committed.model.name} would break: {'; '.join(differences[:4])}",
@@ -115,8 +117,18 @@ async def _check_load(config: Config, dataplane: Dataplane, deployment: Deployme
             code="WEAK_BRIDGE",
             hint="deploy when it is quieter, or set swap.on_weak_bridge to proceed or wait_for_quiet",
         )
-    while dataplane.load() > capacity:  # noqa: ASYNC110  # a load has no event
+    deployment.notes["waits_for_quiet"] = True
+    until = time.monotonic() + config.swap.quiet_timeout
+    while (load := dataplane.load()) > capacity:
+        if time.monotonic() > until:
+            raise Refused(
+                f"it did not get quiet within {config.swap.quiet_timeout:g} s: clients send {load:.0f} requests a "
+                f"second, the bridge answers {capacity:.0f}",
+                code="WEAK_BRIDGE",
+                hint="deploy when it is quieter, raise swap.quiet_timeout, or set swap.on_weak_bridge to proceed",
+            )
         await asyncio.sleep(QUIET_EVERY)
+    deployment.notes["waits_for_quiet"] = False
 
 
 def _check_memory(model: Model, need: int) -> None:

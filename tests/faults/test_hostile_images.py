@@ -365,6 +365,21 @@ def test_what_is_no_reference(host: Host) -> None:
             assert where in str(error.value.field), arguments
 
 
+def test_what_only_the_slot_could_tell_of_a_signature(tmp_path: Path) -> None:
+    """Neither a CPU twin nor model.yaml says what the outputs are: the executor in the slot does, and it is believed."""
+    with Host(tmp_path) as host:
+        host.pack("tiny:1")
+        assert host.deploy("tiny:1")["outcome"] == "committed"
+        host.pack("tiny:2", version="2", cpu="none", output="z", spec={"inputs": {}, "outputs": {}})
+        with host.load(2) as load:
+            done = host.deploy("tiny:2", accept_dark=True)
+        assert (done["outcome"], done["error"]["code"]) == ("rolled_back", "SIGNATURE_CHANGED"), done
+        assert load.errors == []
+        assert host.status()["committed"]["version"] == "1"
+        done = host.deploy("tiny:2", accept_dark=True, allow_signature_change=True)
+        assert done["outcome"] == "committed", done
+
+
 def test_without_a_twin_only_if_darkness_is_accepted(tmp_path: Path) -> None:
     """Then clients of the old model lose nothing; those of the new one do when it is replaced, and that is measured."""
     with Host(tmp_path) as host:
@@ -388,3 +403,9 @@ def test_without_a_twin_only_if_darkness_is_accepted(tmp_path: Path) -> None:
         after = min(a[0] + a[1] for a in load.answers if a[2] == 4.0)
         print(f"dark: {len(dark)} requests refused; {after - before:.2f} s between two answers")
         assert before <= min(dark) <= max(dark) <= after
+
+        # The way back is open though that model would be refused today without leave.
+        assert host.deploy("tiny:2", accept_dark=True)["outcome"] == "committed"
+        assert host.deploy("tiny:1")["outcome"] == "committed"
+        done = host.ended(host.call("rollback")["task"])
+        assert (done["outcome"], host.status()["committed"]["version"]) == ("committed", "2"), done

@@ -106,7 +106,7 @@ class Residents:
         self.models: dict[str, Any] = {}
 
     def add(self, digest: str) -> Any:
-        self.models[digest] = SimpleNamespace(model=model(digest), bridge=object())
+        self.models[digest] = SimpleNamespace(model=model(digest), bridge=object(), signature=object())
         self.arbiter.bridge_ready(digest, hash(digest))
         return self.models[digest]
 

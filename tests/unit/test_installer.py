@@ -96,7 +96,9 @@ class Bench:
         spec = SimpleNamespace(slot=section, image=None, has_bridge=True, version="1", signature=None)
         self.model: Any = SimpleNamespace(digest=DIGEST, name="toy", version=1, folder=folder, spec=spec)
         bridge = fake_seat(FakeWorker(), "bridge", self.model)
-        self.resident: Any = SimpleNamespace(model=self.model, bridge=bridge, maps=(), decoders=bridge.decoders)
+        self.resident: Any = SimpleNamespace(
+            model=self.model, bridge=bridge, maps=(), decoders=bridge.decoders, signature=object()
+        )
 
     async def programmer(self, name: str, options: Any, verb: str, **_: Any) -> SlotState:
         self.verbs.append(verb)
