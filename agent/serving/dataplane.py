@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol
 
 import structlog
 
@@ -114,6 +114,15 @@ class Counters:
     cancelled: int = 0
     hedged: int = 0
     retried: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Bound:
+    """What a request is to a model: its inputs by the model's names, the model's outputs by the client's."""
+
+    seat: Seat
+    inputs: dict[str, Tensor]
+    outputs: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -249,14 +258,15 @@ class Dataplane:
             raise DeadlineExceeded("the deadline was over when the request came")
         deadline = now + timeout
         answerer = self.arbiter.answerer()
+        bound: _Bound | None = None
         if isinstance(answerer, Answerer) and answerer.key in self.seats:
-            await self._checked(request, self.seats[answerer.key])
+            bound = await self._checked(request, self.seats[answerer.key])
         while True:
             answerer = self.arbiter.answerer()
             ticket = self.admission.admit(now, deadline, request.priority, answerer)
             if ticket is not self.admission.queue[-1]:
                 self._shed(answerer)
-            answer = await self._compute(request, await self._turn(ticket), deadline)
+            answer = await self._compute(request, bound, await self._turn(ticket), deadline)
             if answer is not None:
                 return answer
             # Its executor was taken away, which is no fault of the request's: from the start, in the same time.
@@ -271,7 +281,7 @@ class Dataplane:
         try:
             self.pump()
             if not waiter.done():
-                await asyncio.wait((waiter,), timeout=ticket.deadline - self.clock())
+                await _done(waiter, ticket.deadline - self.clock())
             if not waiter.done():
                 raise DeadlineExceeded("the deadline passed while the request waited; it was not run")
             return waiter.result()
@@ -283,9 +293,9 @@ class Dataplane:
         finally:
             del self._waiters[ticket]
 
-    async def _compute(self, request: Request, place: Place, deadline: float) -> Answer | None:
+    async def _compute(self, request: Request, bound: _Bound | None, place: Place, deadline: float) -> Answer | None:
         """None if the executor was taken away from it. Owns one unit of `place.busy`, and gives it back when the
-        executor is done with it."""
+        executor is done with it. `bound` is what the request was found to be before it waited."""
         seat = self.seats.get(place.key)
         if seat is None:  # it ended between the hand-over and now
             self._ended(place, None)
@@ -293,8 +303,8 @@ class Dataplane:
         owned = True
         prepared: Prepared | None = None
         try:
-            inputs = await self._checked(request, seat)
-            wanted = bind_outputs(seat.signature, request.outputs)
+            bound = await self._checked(request, seat, bound)
+            inputs = bound.inputs
             try:
                 prepared = await seat.prepare(inputs, _ns(deadline))
                 started = self.clock()
@@ -325,9 +335,8 @@ class Dataplane:
                 prepared.release()
             if owned:
                 self._ended(place, None)
-        return Answer(
-            served, reply, served.on, {name: reply.outputs[served.outputs.index(own)] for name, own in wanted.items()}
-        )
+        outputs = {name: reply.outputs[served.outputs.index(own)] for name, own in bound.outputs.items()}
+        return Answer(served, reply, served.on, outputs)
 
     def _submit(self, seat: Seat, prepared: Prepared, deadline: float) -> Call | None:
         """None if the executor has ended: it has not seen this request, which is therefore under no suspicion."""
@@ -347,13 +356,13 @@ class Dataplane:
             if seat.on == On.SLOT.value:
                 patience = _patience(place)
                 suspect_at = self.clock() + patience
-                await asyncio.wait((call.result,), timeout=min(patience, deadline - self.clock()))
+                await _done(call.result, min(patience, deadline - self.clock()))
                 if self._device_failed(call, seat) or (
                     not call.result.done() and self.clock() >= suspect_at - TICK
                 ):  # what cannot wait so long is not computed twice
                     rival = self._hedge(seat, prepared, deadline)
             if rival is None:
-                await asyncio.wait((call.result,), timeout=deadline - self.clock())
+                await _done(call.result, deadline - self.clock())
                 if call.result.done():
                     return seat, call.result.result()
                 raise DeadlineExceeded("the deadline passed while the model ran")
@@ -444,14 +453,20 @@ class Dataplane:
         for callback in tuple(self._troubles):
             callback(Trouble(kind, seat.key, seat.model.digest, error))
 
-    async def _checked(self, request: Request, seat: Seat) -> dict[str, Tensor]:
-        """The inputs by the model's names. Raises NotFound, InvalidInput, Poison."""
-        inputs = self._bind(request, seat)
-        if self.retrier is not None and (known := await self.retrier.known(seat.model.digest, inputs)) is not None:
-            raise known
-        return inputs
+    async def _checked(self, request: Request, seat: Seat, before: _Bound | None = None) -> _Bound:
+        """Its tensors by the model's names. Raises NotFound, InvalidInput, Poison.
 
-    def _bind(self, request: Request, seat: Seat) -> dict[str, Tensor]:
+        What was found `before` holds for the same model; but what others sent meanwhile may have made it poison.
+        """
+        same = before is not None and before.seat.model is seat.model and before.seat.signature is seat.signature
+        bound = before if before is not None and same else self._bind(request, seat)
+        if self.retrier is not None:
+            known = await self.retrier.known(seat.model.digest, bound.inputs)
+            if known is not None:
+                raise known
+        return bound
+
+    def _bind(self, request: Request, seat: Seat) -> _Bound:
         model = seat.model
         if request.model and request.model != model.name:
             raise NotFound(
@@ -462,8 +477,8 @@ class Dataplane:
                 f"version {request.version} of {model.name!r} is not served, {model.version} is",
                 field="model_spec.version",
             )
-        bind_outputs(seat.signature, request.outputs)
-        return bind_inputs(seat.signature, request.inputs)
+        outputs = bind_outputs(seat.signature, request.outputs)
+        return _Bound(seat, bind_inputs(seat.signature, request.inputs), outputs)
 
     # --- turns --------------------------------------------------------------------------------------------------------
 
@@ -501,6 +516,29 @@ class Dataplane:
             self._arrivals += (1 / gap - self._arrivals) * weight
         self._arrived = now
         return now
+
+
+async def _done(future: asyncio.Future[Any], seconds: float) -> None:
+    """Waits until it is done, for so long at most; neither raises its exception nor cancels it.
+
+    `asyncio.wait` for one future, without its sets and checks: every request waits twice.
+    """
+    if future.done():
+        return
+    loop = asyncio.get_running_loop()
+    woken: asyncio.Future[None] = loop.create_future()
+
+    def wake(_: object = None) -> None:
+        if not woken.done():
+            woken.set_result(None)
+
+    timer = loop.call_later(max(0.0, seconds), wake)
+    future.add_done_callback(wake)
+    try:
+        await woken
+    finally:
+        timer.cancel()
+        future.remove_done_callback(wake)
 
 
 def _patience(place: Place) -> float:
