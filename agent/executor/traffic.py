@@ -337,7 +337,7 @@ class Traffic:
     def fail_all(self, death: Callable[[], ExecutorError]) -> None:
         """Tell all callers."""
         self.refuse(death)
-        for call in self._flight.values():
+        for call in (*self._flight.values(), *self._preparing):
             call.fail(death())
 
     def bury(self) -> None:

@@ -366,7 +366,7 @@ def test_what_is_no_reference(host: Host) -> None:
 
 
 def test_what_only_the_slot_could_tell_of_a_signature(tmp_path: Path) -> None:
-    """Neither a CPU twin nor model.yaml says what the outputs are: the executor in the slot does, and it is believed."""
+    """Neither a CPU twin nor model.yaml says what the outputs are: the executor in the slot does."""
     with Host(tmp_path) as host:
         host.pack("tiny:1")
         assert host.deploy("tiny:1")["outcome"] == "committed"

@@ -269,7 +269,7 @@ class Storm:
                 worker.signal(signal.SIGKILL)
                 await worker.died
                 self.report.outcomes["killed"] += 1
-                self._bury(worker)
+                await self._bury(worker)
                 if worker is self.decoder:
                     self.decoder = None
                 else:
@@ -288,7 +288,7 @@ class Storm:
             except ExecutorDied:  # some lies need no request, and were seen before there was one
                 await liar.died
                 self.report.outcomes["liars"] += 1
-                self._bury(liar)
+                await self._bury(liar)
                 continue
             calls[3].cancel()
             ends = await asyncio.gather(*(call.result for call in calls[:3]), return_exceptions=True)
@@ -298,7 +298,7 @@ class Storm:
             self.report.outcomes["liars"] += 1
             del ends, calls
             await asyncio.sleep(0)
-            self._bury(liar)
+            await self._bury(liar)
 
     async def _clock(self) -> None:
         while True:
@@ -308,8 +308,11 @@ class Storm:
 
     # --- the accounts -------------------------------------------------------------------------------------------------
 
-    def _bury(self, worker: Worker) -> None:
+    async def _bury(self, worker: Worker) -> None:
         self.graves.append(worker)
+        until = time.monotonic() + 30
+        while worker.in_flight and time.monotonic() < until:  # strings that a thread was counting when the child died
+            await asyncio.sleep(0.005)
         if worker.alive or worker.in_flight:
             self._fault(f"a dead child is alive={worker.alive} with {worker.in_flight} in flight")
 
