@@ -7,12 +7,15 @@ PYTEST = $(VENV)/bin/python -m pytest
 # What the tests start as real parts, and the Debian packages that bring it.
 TOOLS := mosquitto mosquitto_pub docker-registry htpasswd skopeo umoci
 PACKAGES := python3-venv mosquitto mosquitto-clients docker-registry apache2-utils skopeo umoci
+# What the tests in a machine of their own need besides (make test-vm).
+TOOLS_VM := nsenter setpriv unshare systemd-analyze udevadm
+PACKAGES_VM := systemd udev util-linux
 export PATH := $(PATH):/usr/sbin:/sbin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help venv tools lint format test test-long test-tensorflow demo deb protos clean
+.PHONY: help venv tools tools-vm lint format test test-vm test-long test-tensorflow demo deb protos clean
 
 help: ## Print this
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-24s %s\n", $$1, $$2}'
@@ -63,7 +66,15 @@ format: venv ## Format the sources
 	$(VENV)/bin/ruff check --fix .
 
 test: venv tools lint ## Everything that must pass before anything lands
-	$(PYTEST) -q -m "not long and not tensorflow"
+	$(PYTEST) -q -m "not long and not tensorflow and not vm"
+
+tools-vm: ## Install what boots the machines that tests run in
+	@for tool in $(TOOLS_VM); do command -v $$tool >/dev/null || missing="$$missing $$tool"; done; \
+	  test -x /lib/systemd/systemd || missing="$$missing systemd"; \
+	  if [ -n "$$missing" ]; then echo "make: not found:$$missing"; $(call apt,$(PACKAGES_VM)); fi
+
+test-vm: venv tools tools-vm ## Tests with real systemd as PID 1, in machines of their own; needs root
+	$(PYTEST) -q -m "vm and not long" tests/vm
 
 test-long: venv tools ## The tests that take minutes
 	$(PYTEST) -q -m long
