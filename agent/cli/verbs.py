@@ -8,6 +8,7 @@ import agent.cli.status
 import agent.cli.deploy
 import agent.cli.predict
 import agent.cli.demo
+import agent.cli.retire
 import agent.cli.about  # noqa: F401  # each adds its verbs
 
 # isort: on

@@ -285,7 +285,7 @@ class Link:
         host, port = self._address()
         password = None
         if link.password_file is not None:
-            password = await asyncio.to_thread(_read_password, link.password_file)
+            password = await asyncio.to_thread(read_password, link.password_file)
         return Settings(
             host=host,
             port=port,
@@ -419,7 +419,7 @@ class Link:
         return "127.0.0.1", self._broker.port if self._broker is not None else link.port
 
 
-def _read_password(path: Path) -> str:
+def read_password(path: Path) -> str:
     """The first line. Raises InvalidConfig; never tells the content."""
     try:
         with path.open("rb") as file:
