@@ -68,6 +68,27 @@ class Wanted:
 
 
 @dataclass(frozen=True)
+class Needs:
+    """What a driver's code, and its runtime, use of the host; its children get this and nothing more.
+
+    `slotd doctor` shows it. A folder stands for all that is in it. What is not there grants nothing.
+    """
+
+    read: tuple[Path, ...] = ()
+    """Files of the runtime and of the device (libraries and tables in unusual places, sysfs)."""
+    write: tuple[Path, ...] = ()
+    """Folders for its own files; made if they are not there."""
+    devices: tuple[Path, ...] = ()
+    """Device nodes, or folders of them: read, write, ioctl, mmap."""
+    execute: tuple[Path, ...] = ()
+    """Programs that it starts. They run in the same sandbox; scripts need their interpreter here, too."""
+    connect: tuple[Path, ...] = ()
+    """Unix sockets that it connects to. The kernel cannot be told which, so it may then connect to any."""
+    address_space: int = 0
+    """Bytes of private memory that it maps beyond executor.memory."""
+
+
+@dataclass(frozen=True)
 class SlotStage:
     """A stage that the slot computes: its graph file, and the names and shapes (-1 any) around it.
 
@@ -124,6 +145,11 @@ class Driver(ABC):
     @abstractmethod
     def numerics(self) -> Numerics:
         """The slot's arithmetic."""
+
+    @property
+    def needs(self) -> Needs:
+        """What `check`, `program`, `reset` and the runtime use of the host."""
+        return Needs()
 
     @abstractmethod
     def probe(self) -> SlotState:

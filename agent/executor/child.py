@@ -168,8 +168,8 @@ class _Child:
         self.generation = 0
         self.memories: list[mmap.mmap] = []
 
-    def greet(self) -> tuple[dict[str, Any], int]:
-        """(what to do, bytes of private memory allowed), once the shared memory is mapped."""
+    def greet(self) -> dict[str, Any]:
+        """What the agent says first, once the shared memory is mapped: `hello`, `memory` in bytes, `grants`."""
         record, fds = self._receiver.receive()
         try:
             if record.kind is not Kind.HELLO:
@@ -181,7 +181,7 @@ class _Child:
                 self.memories.append(mmap.mmap(fd, arena["bytes"], prot=protection))
         finally:
             channel.close_all(fds)
-        return document["hello"], document["memory"]
+        return document
 
     def receive(self) -> Job | None:
         """The next request; None when the child is to end."""
@@ -241,10 +241,16 @@ def explain(error: BaseException) -> dict[str, Any]:
     return {key: value[:_MAX_MESSAGE] if isinstance(value, str) else value for key, value in document.items()}
 
 
-def serve(load: Callable[[dict[str, Any]], Handler], *, sock: socket.socket | None = None) -> int:
+def serve(
+    load: Callable[[dict[str, Any]], Handler],
+    *,
+    bring: Callable[[dict[str, Any]], None] = lambda _: None,
+    sock: socket.socket | None = None,
+) -> int:
     """A child's whole life; the exit code. `load` makes the handler from the agent's hello, or raises.
 
-    Without `sock`, the channel is standard input, and the process is confined before `load` is called.
+    Without `sock`, the channel is standard input, and the process is confined before `load` is called. `bring` is
+    called before that, with the hello, to import what `load` will need; it reads nothing else and starts no thread.
     """
     confined = sock is None
     if sock is None:
@@ -252,16 +258,19 @@ def serve(load: Callable[[dict[str, Any]], Handler], *, sock: socket.socket | No
         sock = socket.socket(fileno=CHANNEL)
     child = _Child(sock)
     try:
-        hello, memory = child.greet()
-        if confined:
-            sandbox.enter(memory)
+        document = child.greet()
+        hello, confinement = document["hello"], {}
         try:
+            bring(hello)
+            if confined:
+                limits, grants = sandbox.Limits(document["memory"]), sandbox.Grants.parse(document["grants"])
+                confinement = {"sandbox": sandbox.enter(limits, grants)}
             handler = load(hello)
         except Exception as error:  # whatever it is, the agent must hear why this child is useless
             child.fail(0, error)
             return 1
         try:
-            child.tell(Kind.READY, 0, handler.ready)
+            child.tell(Kind.READY, 0, {**handler.ready, **confinement})
             _work(child, handler)
         finally:
             handler.close()

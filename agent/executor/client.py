@@ -157,6 +157,7 @@ class Worker:
             document = {
                 "role": launch.role,
                 "memory": launch.memory,
+                "grants": launch.grants.as_dict(),
                 "arenas": [{"bytes": size, "writable": writable} for _, size, writable in shared],
                 "hello": launch.hello,
             }

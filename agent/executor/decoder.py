@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from agent.errors import InvalidInput
 from agent.executor.child import Job, OneByOne
@@ -16,6 +20,7 @@ class Decoder(OneByOne):
 
     def __init__(self, hello: dict[str, Any]) -> None:
         self._stage = ImageStage.model_validate(hello["image"])
+        self._timeout: float = hello["call_timeout"]
         height, width = self._stage.size
         self._shape = (height, width, 3) if self._stage.layout == "NHWC" else (3, height, width)
 
@@ -30,6 +35,15 @@ class Decoder(OneByOne):
             raise InvalidInput("must be pictures, as strings", field=self._stage.source)
         out = job.room(0, DType.FLOAT32, (len(pictures.items), *self._shape))
         job.start()
+        # A decoder in native code cannot be told to end: past this the kernel ends the process.
+        signal.setitimer(signal.ITIMER_REAL, self._timeout)
+        try:
+            self._decode(job, pictures, out)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        job.answer([out])
+
+    def _decode(self, job: Job, pictures: Strings, out: npt.NDArray[np.generic]) -> None:
         for place, item in enumerate(pictures.items):
             job.on_time()
             try:
@@ -38,4 +52,3 @@ class Decoder(OneByOne):
                 if len(pictures.items) > 1:
                     error.message = f"picture {place}: {error.message}"
                 raise
-        job.answer([out])

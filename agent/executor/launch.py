@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from agent.config import Config
 from agent.executor.arena import DecodedMemory
+from agent.executor.needs import grants_of
 from agent.executor.plan import plan_of
+from agent.executor.sandbox import Grants
+from agent.executor.sandbox.grants import DAC_READ_SEARCH
 from agent.model.spec import Model
+from drivers import make
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,8 @@ class Launch:
     """Shared memory for its requests."""
     memory: int
     """Private memory that it may use (RLIMIT_DATA)."""
+    grants: Grants = field(default_factory=Grants)
+    """What it may use of the host."""
     argv: tuple[str, ...] = (sys.executable, "-I", "-m", "agent.executor.worker")
     idle: bool = False
     """Start it at SCHED_IDLE; `Worker.normal_priority` lifts it."""
@@ -53,7 +59,13 @@ def launch_model(
         "threads": config.threads,
         "call_timeout": config.executor.call_timeout,
     }
-    return Launch(role, hello, arena=config.executor.arena, memory=config.executor.memory, idle=idle, maps=tuple(maps))
+    grants = Grants(read=(str(model.folder),), capabilities=(DAC_READ_SEARCH,))
+    memory = config.executor.memory
+    if target == "slot":
+        needs = make(config.slot.driver, config.driver_options).needs
+        grants = grants_of(needs, read=grants.read)
+        memory += needs.address_space
+    return Launch(role, hello, config.executor.arena, memory, grants, idle=idle, maps=tuple(maps))
 
 
 def launch_decoder(
@@ -65,7 +77,11 @@ def launch_decoder(
         raise ValueError(f"{model.name} has no image stage")
     return Launch(
         role,
-        {"kind": "decoder", "image": image.model_dump(mode="json", by_alias=True)},
+        {
+            "kind": "decoder",
+            "image": image.model_dump(mode="json", by_alias=True),
+            "call_timeout": config.executor.call_timeout,
+        },
         arena=config.executor.arena,
         memory=config.executor.memory,
         idle=idle,

@@ -19,6 +19,8 @@ TAIL = 4096
 LINES_A_SECOND = 20.0
 LINES_AT_ONCE = 100.0
 _PASSED_ON = ("PATH", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH")
+# numpy would start threads as it is imported, and those would stay outside of the sandbox.
+_OWN = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Process:
                 close_fds=True,
                 start_new_session=True,  # a Ctrl-C is for the agent, which ends its children in order
                 cwd="/",
-                env={name: os.environ[name] for name in _PASSED_ON if name in os.environ},
+                env={name: os.environ[name] for name in _PASSED_ON if name in os.environ} | _OWN,
             )
         except BaseException:
             os.close(self._words)

@@ -5,7 +5,6 @@ Standard input is a SOCK_SEQPACKET socket: one JSON request comes in, one JSON a
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import select
@@ -14,21 +13,26 @@ import threading
 from dataclasses import asdict
 from typing import Any
 
+from agent.executor import sandbox
+from agent.executor.needs import grants_of
 from drivers import make
 from drivers.base import Driver, DriverError, SlotState, Wanted
 
-_PR_SET_NO_NEW_PRIVS = 38
+MEMORY = 1 << 30
+"""Bytes of private memory."""
 _MAX_MESSAGE = 64 * 1024
 
 
 def main() -> None:
     """Serve one request. The exit status says only whether an answer was given."""
-    _no_new_privileges()
     channel = socket.socket(fileno=os.dup(0))
     request = json.loads(channel.recv(_MAX_MESSAGE))
-    threading.Thread(target=_end_with, args=(channel.fileno(),), name="parent-watch", daemon=True).start()
     try:
-        answer: dict[str, Any] = {"state": asdict(_do(request))}
+        # The driver's modules are imported by this; its constructor does not touch the device.
+        driver = make(request["driver"], request["options"])
+        sandbox.enter(sandbox.Limits(MEMORY + driver.needs.address_space), grants_of(driver.needs))
+        threading.Thread(target=_end_with, args=(channel.fileno(),), name="parent-watch", daemon=True).start()
+        answer: dict[str, Any] = {"state": asdict(_do(driver, request))}
     except DriverError as error:
         answer = {"error": {"code": error.code, "message": error.message[:2000], "hint": error.hint}}
     except Exception as error:  # a driver is third-party code; whatever it raises must reach the deployment's report
@@ -42,8 +46,7 @@ def main() -> None:
     channel.send(json.dumps(answer).encode())
 
 
-def _do(request: dict[str, Any]) -> SlotState:
-    driver = make(request["driver"], request["options"])
+def _do(driver: Driver, request: dict[str, Any]) -> SlotState:
     wanted = Wanted(**request["wanted"])
     verb, bitstream = request["verb"], request["bitstream"]
     if verb == "program":
@@ -72,12 +75,6 @@ def _end_with(channel: int) -> None:
     poll.register(channel, 0)  # only hang-ups
     poll.poll()
     os._exit(1)
-
-
-def _no_new_privileges() -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_NO_NEW_PRIVS)")
 
 
 if __name__ == "__main__":

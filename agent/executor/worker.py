@@ -10,7 +10,15 @@ from typing import Any
 
 from agent.executor.child import Handler, Job, OneByOne, serve
 
-__all__ = ["Handler", "Job", "OneByOne", "load", "main", "serve"]
+__all__ = ["Handler", "Job", "OneByOne", "bring", "load", "main", "serve"]
+
+
+def bring(hello: dict[str, Any]) -> None:
+    """The imports of `load`, while files may still be read at will, and compiled modules be written."""
+    if hello["kind"] == "decoder":
+        import agent.executor.decoder
+    else:
+        import agent.executor.pipeline  # noqa: F401
 
 
 def load(hello: dict[str, Any]) -> Handler:
@@ -26,7 +34,7 @@ def load(hello: dict[str, Any]) -> Handler:
 
 def main() -> int:
     """The program."""
-    return serve(load)
+    return serve(load, bring=bring)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import resource
 import sys
 import threading
 import time
@@ -22,8 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agent.errors import InvalidImage, InvalidInput, NotFound, PullerDied, SlotdError, StorageError
+from agent.executor import sandbox
+from agent.executor.sandbox.grants import DAC_OVERRIDE, DAC_READ_SEARCH, FOWNER
 from agent.images.blobs import CHUNK, REF_NAME, Incoming, Layout, StoreLayout, open_regular
-from agent.images.files import check_space, free_bytes, storage_error
+from agent.images.files import check_space, free_bytes, make_folder, storage_error
 from agent.images.manifest import Descriptor, Index, Manifest, parse_diff_ids, parse_manifest
 from agent.images.reference import Reference, parse_digest, parse_reference
 from agent.images.unpack import Limits, unpack
@@ -36,7 +37,6 @@ LOCK_WAIT = 30.0  # a puller of an agent that was just killed may still be endin
 MEMORY = 512 << 20
 FILES = 256
 AGAIN = "the image is damaged or was not made for slotd: pack it again, and copy or push it anew"
-_PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 4, 38
 _IOPRIO_SET = {"x86_64": 251, "aarch64": 30, "riscv64": 30, "armv7l": 314}
 _IOPRIO_LOWEST = 2 << 13 | 7  # best effort, last: "idle" could starve for ever beside a busy process
 
@@ -326,27 +326,44 @@ def _own_type(data: bytes) -> str | None:
     return kind if isinstance(kind, str) else None
 
 
-def restrain(largest_file: int) -> None:
+def grants_of(job: Job) -> sandbox.Grants:
+    """What a job needs: the store, the layouts, and the network if its image comes from a registry."""
+    read = [*map(str, filter(None, (job.credentials, *_certificates())))]
+    for layout in (job.reference.layout,) if job.reference.layout else job.layouts:
+        # Each by itself, for they may be links to somewhere else.
+        read += [str(layout / name) for name in ("", "index.json", "oci-layout", "blobs", "blobs/sha256")]
+    write = []
+    if job.state_dir is not None:
+        write = [str(job.state_dir / name) for name in ("store", "models")]
+        if job.verb == "resolve":
+            read, write = read + write, []
+    return sandbox.Grants(
+        read=tuple(read),
+        write=tuple(write),
+        network=job.verb != "unpack" and job.reference.host is not None,
+        capabilities=(DAC_OVERRIDE, DAC_READ_SEARCH, FOWNER),
+    )
+
+
+def _certificates() -> list[str]:
+    return [value for name in ("SSL_CERT_FILE", "SSL_CERT_DIR") if (value := os.environ.get(name))]
+
+
+def restrain(job: Job) -> None:
     """Take away what this process does not need before it reads a byte from outside."""
     os.closerange(3, 1 << 16)
-    os.umask(0o022)
     os.nice(10)
-    for limit, value in (
-        (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_DATA, MEMORY),
-        (resource.RLIMIT_FSIZE, largest_file),
-        (resource.RLIMIT_NOFILE, FILES),
-    ):
-        hard = resource.getrlimit(limit)[1]
-        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(limit, (value, value))
-    libc = ctypes.CDLL(None, use_errno=True)
     number = _IOPRIO_SET.get(os.uname().machine)
     if number is not None:
-        libc.syscall(number, 1, 0, _IOPRIO_LOWEST)  # a courtesy; a kernel without it changes nothing else
-    for option, value in ((_PR_SET_NO_NEW_PRIVS, 1), (_PR_SET_DUMPABLE, 0)):
-        if libc.prctl(option, value, 0, 0, 0) != 0:
-            raise OSError(ctypes.get_errno(), "prctl")
+        # A courtesy; a kernel without it changes nothing else.
+        ctypes.CDLL(None).syscall(number, 1, 0, _IOPRIO_LOWEST)
+    if job.state_dir is not None and job.verb != "resolve":
+        for name in ("store", "models"):
+            make_folder(job.state_dir / name)
+    grants = grants_of(job)
+    if grants.network:
+        import agent.images.registry  # noqa: F401  # while what it imports can be compiled
+    sandbox.enter(sandbox.Limits(MEMORY, FILES, job.limits.size), grants, umask=0o022)
 
 
 def _end_with_parent() -> None:
@@ -374,10 +391,10 @@ def _tell(document: dict[str, Any]) -> None:
 def main() -> int:
     """Do one job. 0 if it was done or refused in so many words."""
     line = _read_line()
-    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
     try:
         job = Job.parse(line)
-        restrain(job.limits.size)
+        restrain(job)
+        threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
         _tell({"result": Work(job, _tell).run()})
     except SlotdError as error:
         if isinstance(error, InvalidImage):

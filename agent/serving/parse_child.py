@@ -6,17 +6,16 @@ has little memory, and ends when the socket does.
 
 from __future__ import annotations
 
-import ctypes
 import os
-import resource
 import socket
 import sys
 
 from agent.errors import Overloaded, SlotdError
+from agent.executor import sandbox
 from agent.serving import handover
 from agent.serving.tensorproto import Parsed, read_request
 
-_PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 4, 38
+_FILES = 16
 _BASE_MEMORY = 256 << 20
 _COPIES = 10
 """How often the largest request may lie in memory: as bytes, as protobuf (lists double as they grow), as tensors."""
@@ -44,18 +43,8 @@ def main() -> None:
 
 def confine(most: int) -> None:
     """No more rights and memory than parsing needs."""
-    prctl = ctypes.CDLL(None, use_errno=True).prctl
-    for option, value in ((_PR_SET_DUMPABLE, 0), (_PR_SET_NO_NEW_PRIVS, 1)):
-        if prctl(option, value, 0, 0, 0) != 0:
-            raise OSError(ctypes.get_errno(), "prctl")
     memory = _BASE_MEMORY + _COPIES * most
-    for limit, value in (
-        (resource.RLIMIT_DATA, memory),
-        (resource.RLIMIT_FSIZE, memory),
-        (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_NOFILE, 16),
-    ):
-        resource.setrlimit(limit, (value, value))
+    sandbox.enter(sandbox.Limits(memory, files=_FILES), sandbox.Grants())
 
 
 def _outcome(data: bytes, most: int) -> Parsed | SlotdError:

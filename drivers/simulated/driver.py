@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from drivers.base import Driver, DriverError, Numerics, SlotHealth, SlotStage, SlotState, Wanted
+from drivers.base import Driver, DriverError, Needs, Numerics, SlotHealth, SlotStage, SlotState, Wanted
 from drivers.simulated.bitstream import Bitstream, read_bitstream
 from drivers.simulated.card import DEFAULT_SHELL, Card, Programmed
 from drivers.simulated.faults import Fault, cure, hang, take
@@ -61,6 +61,10 @@ class Simulated(Driver):
     @property
     def numerics(self) -> Numerics:
         return Numerics()
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(write=(self._card.folder,) if self._card.present else ())
 
     def probe(self) -> SlotState:
         if not self._card.present:

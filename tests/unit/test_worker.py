@@ -16,6 +16,7 @@ import structlog
 
 from agent.errors import DeadlineExceeded, ExecutorDied, ExecutorError, InvalidInput, Overloaded, SlotError
 from agent.executor.client import Launch, Region, Worker
+from agent.executor.sandbox import probe
 from agent.model.signature import Strings, Tensor
 from support.children import DecodedMemory, launch, open_files, soon, start
 from support.hash_child import digest, filler
@@ -385,10 +386,17 @@ async def test_a_child_is_confined() -> None:
     assert any(line.startswith("Max core file size") and line.split()[4] == "0" for line in limits.splitlines())
     assert any(line.startswith("Max data size") and line.split()[3] == str(2 << 30) for line in limits.splitlines())
     files = {os.readlink(f"/proc/{worker.pid}/fd/{fd}").split(":")[0] for fd in os.listdir(f"/proc/{worker.pid}/fd")}
-    assert {name for name in files if name.startswith("/") and "memfd" not in name} <= {"/dev/null"}
+    named = {name for name in files if name.startswith("/") and "memfd" not in name}
+    assert named <= {"/dev/null", f"/proc/{worker.pid}"}
     with open(f"/proc/{worker.pid}/environ", "rb") as file:
         names = {entry.split(b"=")[0] for entry in file.read().split(b"\0") if entry}
-    assert names <= {b"PATH", b"LANG", b"LC_ALL", b"LC_CTYPE", b"TZ", b"LD_LIBRARY_PATH"}
+    threads = {b"OPENBLAS_NUM_THREADS", b"OMP_NUM_THREADS", b"MKL_NUM_THREADS"}
+    assert names <= {b"PATH", b"LANG", b"LC_ALL", b"LC_CTYPE", b"TZ", b"LD_LIBRARY_PATH"} | threads
+    assert status["Seccomp"].strip() == "2" and int(status["CapPrm"], 16) == 0
+    with open(f"/proc/{worker.pid}/oom_score_adj") as file:
+        assert int(file.read()) >= 500
+    kernel = probe()
+    assert worker.ready["sandbox"] == kernel and kernel["lacks"] == []
     await worker.stop(grace=5)
 
 

@@ -1,0 +1,10 @@
+"""What a child gives up before it reads a byte of an image, and the little that it keeps.
+
+Standard library only: every child imports it, and none may take long to start.
+"""
+
+from agent.executor.sandbox.enter import Limits, enter, isolate_descriptors
+from agent.executor.sandbox.grants import Grants
+from agent.executor.sandbox.kernel import probe, withhold_memory
+
+__all__ = ["Grants", "Limits", "enter", "isolate_descriptors", "probe", "withhold_memory"]
