@@ -23,6 +23,11 @@ _PASSED_ON = ("PATH", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH")
 _OWN = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
+def environment() -> dict[str, str]:
+    """What a child knows of ours."""
+    return {name: os.environ[name] for name in _PASSED_ON if name in os.environ} | _OWN
+
+
 @dataclass(frozen=True)
 class Exit:
     """How a child ended: its exit code, or the signal that ended it; `stderr` is the end of what it wrote."""
@@ -67,7 +72,7 @@ class Process:
                 close_fds=True,
                 start_new_session=True,  # a Ctrl-C is for the agent, which ends its children in order
                 cwd="/",
-                env={name: os.environ[name] for name in _PASSED_ON if name in os.environ} | _OWN,
+                env=environment(),
             )
         except BaseException:
             os.close(self._words)

@@ -23,6 +23,7 @@ from typing import Any
 import structlog
 
 from agent.errors import SlotdError, SlotError
+from agent.executor.process import environment
 from drivers.base import SlotState, Wanted
 
 VERBS = ("program", "check", "reset-port", "reset-function")
@@ -108,6 +109,7 @@ class _Child:
                     stdout=subprocess.DEVNULL,
                     pass_fds=() if fd is None else (fd,),
                     cwd="/",
+                    env=environment(),
                     start_new_session=True,  # a Ctrl-C meant for slotd must not cut a programming off
                 )
             return cls(process, ours)
