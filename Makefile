@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help venv tools tools-vm lint format test test-vm test-long test-tensorflow demo deb protos clean
+.PHONY: help venv tools tools-vm lint format test test-vm test-long test-tensorflow bench demo deb protos clean
 
 help: ## Print this
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-24s %s\n", $$1, $$2}'
@@ -81,6 +81,9 @@ test-long: venv tools ## The tests that take minutes
 
 test-tensorflow: venv $(VENV_TENSORFLOW)/.installed ## Preprocessing against real TensorFlow, in an environment of its own
 	SLOTD_TENSORFLOW=$(CURDIR)/$(VENV_TENSORFLOW)/bin/python $(PYTEST) -q -m tensorflow
+
+bench: venv ## Figures as ratios in one run, with the machine's noise beside them (minutes; on a quiet machine)
+	$(VENV)/bin/python tests/bench/run.py
 
 demo: $(VENV_DEMO)/.installed ## Two real models, swapped under load, on this machine alone
 	@$(VENV_DEMO)/bin/slotd demo
