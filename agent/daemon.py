@@ -23,6 +23,8 @@ from agent.commands.admin import AdminServer
 from agent.commands.builtin import build_table
 from agent.config import Config
 from agent.errors import InvalidConfig, SlotdError
+from agent.executor.sandbox import withhold_memory
+from agent.health import confinement
 from agent.health.issues import Issues
 from agent.host import SlotHost
 from agent.images.source import ImageSource
@@ -309,6 +311,11 @@ class Daemon:
                 )
             else:
                 issues.clear("slot-temperature")
+            lacking = confinement.trouble(host.sandbox()["lacks"])
+            if lacking is not None:
+                issues.raise_("sandbox", "warning", *lacking)
+            else:
+                issues.clear("sandbox")
             trouble = host.arbiter.trouble
             if trouble is not None and state in ("bridge", "dark") and running is None:
                 issues.raise_("slot", "critical", str(trouble), trouble.hint or "slotd goes on trying")
@@ -343,6 +350,7 @@ async def _load_committed(
 
 def run(config: Config) -> int:
     """One daemon in a loop of its own, until it is told to stop; the exit code. Raises what `Daemon.run` does."""
+    withhold_memory()  # its keys and its clients' data are not for its children
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(Daemon(config).run())
 

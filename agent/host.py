@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import datetime
 from typing import Any, Protocol
 
 from agent import __version__
 from agent.commands.table import Actor
 from agent.config import Config
+from agent.executor.client import Worker
+from agent.health.confinement import Confinement, examine
 from agent.journal.boot import ModelRef
 from agent.model.wish import Wish
 from agent.serving.dataplane import Dataplane
@@ -55,6 +57,7 @@ class SlotHost:
         self.health = SlotHealth()
         self.restart_gap: float | None = None
         self._started = time.monotonic()
+        self._confinement = Confinement(installer.driver)
 
     def status(self) -> dict[str, Any]:
         """The whole state, as `slotd status --json` prints it."""
@@ -79,8 +82,16 @@ class SlotHost:
             "last": self.deployments.last,
             "serving": self._serving(),
             "link": self.link.describe() if self.link else {"enabled": False, "connected": False},
+            "sandbox": self.sandbox(),
             "issues": self.issues(),
         }
+
+    def sandbox(self) -> dict[str, Any]:
+        """How far the children are confined."""
+        return self._confinement.describe(self._workers())
+
+    def doctor(self) -> dict[str, Any]:
+        return examine(self.sandbox())
 
     async def deploy(self, wish: Wish, actor: Actor) -> dict[str, Any]:
         deployment = await self.deployments.deploy(wish, str(actor), fresh=actor.kind == "desired")
@@ -101,6 +112,14 @@ class SlotHost:
     def watch(self, task: str | None = None) -> AsyncIterator[dict[str, Any]]:
         """Deployment documents as they change."""
         return self.deployments.watch(task)
+
+    def _workers(self) -> Iterator[Worker]:
+        if self.installer.seat is not None:
+            yield self.installer.seat.worker
+        for resident in self.deployments.residents.models.values():
+            if resident.bridge is not None:
+                yield resident.bridge.worker
+            yield from resident.decoders.workers
 
     def _slot(self) -> dict[str, Any]:
         state, seat = self.installer.state, self.installer.seat

@@ -84,6 +84,8 @@ def _rows(status: Document) -> Iterator[tuple[str, Text]]:
             yield key, deployment(status[key])
     yield "serving", _serving(status.get("serving") or {})
     yield "link", _link(status.get("link") or {})
+    if (status.get("sandbox") or {}).get("lacks"):
+        yield "sandbox", Text(f"lacks {plain(', '.join(status['sandbox']['lacks']))}: see slotd doctor", "yellow")
     yield "issues", lines(*map(_issue, status.get("issues") or [])) or Text("none", "green")
 
 

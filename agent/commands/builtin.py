@@ -59,6 +59,9 @@ def build_table(host: Host) -> Table:
     async def status(_: Nothing, actor: Actor) -> dict[str, Any]:
         return host.status()
 
+    async def doctor(_: Nothing, actor: Actor) -> dict[str, Any]:
+        return host.doctor()
+
     async def deploy(wanted: Deploy, actor: Actor) -> dict[str, Any]:
         fields = wanted.model_dump(exclude={"image"})
         return await host.deploy(Wish(reference=wanted.image, **fields), actor)
@@ -79,6 +82,7 @@ def build_table(host: Host) -> Table:
     for name, changes, arguments, run, text in (
         ("ping", False, Nothing, ping, "Answers at once, with the device's name and version."),
         ("status", False, Nothing, status, "The whole state of the host."),
+        ("doctor", False, Nothing, doctor, "Whether the host has what slotd needs, and what its children may use."),
         ("deploy", True, Deploy, deploy, "Makes an image the model in the slot; answers with a task id."),
         ("undeploy", True, Nothing, undeploy, "Takes the model out of the slot; the host boots empty."),
         ("rollback", True, Nothing, rollback, "Calls off the deployment in hand, or goes back to the previous model."),

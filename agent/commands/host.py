@@ -15,6 +15,9 @@ class Host(Protocol):
     def status(self) -> dict[str, Any]:
         """The status document; cheap."""
 
+    def doctor(self) -> dict[str, Any]:
+        """What slotd finds at its host: `ok`, `checks`; cheap."""
+
     async def deploy(self, wish: Wish, actor: Actor) -> dict[str, Any]:
         """Starts a deployment: `task` (its id) and `outcome` (None, or one that was plain at once)."""
 

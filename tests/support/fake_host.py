@@ -125,6 +125,17 @@ class FakeHost:
         self._ask("status", None)
         return self.document
 
+    def doctor(self) -> dict[str, Any]:
+        self._ask("doctor", None)
+        return {
+            "ok": False,
+            "checks": [
+                {"id": "seccomp", "ok": True, "message": "filtered", "hint": None},
+                {"id": "landlock", "ok": False, "message": "the kernel has no Landlock", "hint": "boot another"},
+            ],
+            "sandbox": {"landlock": 0, "seccomp": True, "lacks": ["landlock"], "children": [], "granted": {}},
+        }
+
     async def deploy(self, wish: Wish, actor: Any) -> dict[str, Any]:
         return self._ask("deploy", asdict(wish))
 

@@ -7,7 +7,7 @@ import errno
 import os
 from typing import Any
 
-PR_SET_DUMPABLE, PR_GET_SECCOMP, PR_SET_SECCOMP = 4, 21, 22
+PR_GET_DUMPABLE, PR_SET_DUMPABLE, PR_GET_SECCOMP, PR_SET_SECCOMP = 3, 4, 21, 22
 PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT = 24, 38, 47
 LANDLOCK_CREATE_RULESET, LANDLOCK_ADD_RULE, LANDLOCK_RESTRICT_SELF = 444, 445, 446  # the same on every machine
 
@@ -68,6 +68,11 @@ def _effective() -> int:
 def withhold_memory() -> None:
     """Not dumpable: no process of the same user may read or trace this one, and it leaves no core."""
     prctl(PR_SET_DUMPABLE, 0)
+
+
+def is_withheld() -> bool:
+    """Whether `withhold_memory` is in force."""
+    return prctl(PR_GET_DUMPABLE) != 1
 
 
 def landlock_abi() -> int:
