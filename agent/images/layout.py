@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import structlog
+
 from agent.errors import InvalidImage, NotFound, SlotdError, StorageError
 from agent.images.blobs import REF_NAME, StoreLayout
 from agent.images.files import make_folder, storage_error, sync_folder
@@ -21,6 +23,8 @@ from agent.model.spec import Model, read_spec
 
 if TYPE_CHECKING:
     from agent.config import ImagesConfig
+
+_log = structlog.get_logger(__name__)
 
 LOCK_WAIT = 10.0
 PARTIAL_AGE = 7 * 86400.0  # a half-done blob that nobody went on with is kept this long
@@ -47,6 +51,8 @@ class Store:
         self.limits = limits
         self.layout = StoreLayout(state_dir / "store")
         self.models = state_dir / "models"
+        self.repaired: str | None = None
+        """What `open` found damaged and made anew, if anything."""
 
     async def open(self) -> None:
         """Make the folders, clear half-unpacked models, repair an unreadable index. Raises StorageError, Conflict."""
@@ -56,13 +62,16 @@ class Store:
         try:
             make_folder(self.models)
             with self.layout.lock(LOCK_WAIT):
-                self.layout.create()
+                known = self.layout.blobs.is_dir()
                 for stale in self.models.glob("*.partial"):
                     remove_folder(stale)
                 try:
                     self.layout.entries()
-                except (InvalidImage, NotFound):
+                except (InvalidImage, NotFound) as error:
                     self._rebuild()
+                    if known:
+                        self.repaired = f"{error}; it was made anew from what is unpacked"
+                self.layout.create()
         except OSError as error:
             raise storage_error(error, "the store cannot be opened") from None
 
@@ -73,12 +82,12 @@ class Store:
             if path.exists():
                 path.rename(path.with_name(f"{name}.broken"))
         self.layout.create()
-        for folder in self.models.iterdir():
+        for folder in sorted(self.models.iterdir()):
             try:
                 listed = read_hashes(folder)
                 data = self.layout.document(listed.digest)
             except SlotdError:
-                continue  # not whole; the next deployment fetches it again
+                continue  # not whole; it is fetched again when it is wanted
             kind = json.loads(data).get("mediaType") or OCI_MANIFEST
             self.layout.add(Descriptor(kind, listed.digest, len(data)), None)
 
@@ -101,7 +110,8 @@ class Store:
             spec = read_spec(folder)
         except OSError as error:
             raise storage_error(error, "the model cannot be read") from None
-        return Model(digest, reference or listed.reference, folder, spec)
+        hashes = {path: sha256 for path, (sha256, _) in listed.files.items()}
+        return Model(digest, reference or listed.reference, folder, spec, hashes)
 
     def manifests(self) -> list[Stored]:
         """The images in the store, oldest first. Blocking. Raises StorageError, NotFound, InvalidImage."""
@@ -143,7 +153,7 @@ class Store:
     def _sweep(self, keep: frozenset[str]) -> int:
         # Each step leaves a sound store if it is the last: first what is listed, then what nothing lists any more.
         entries = self.layout.entries()
-        wanted = self._reachable(keep)
+        wanted, sure = self._reachable(keep)
         kept = [entry for entry in entries if entry.digest.removeprefix("sha256:") in wanted and entry.digest in keep]
         if kept != entries:
             self.layout.write_entries(kept)
@@ -153,7 +163,7 @@ class Store:
                 freed += _bytes(folder)
                 remove_folder(folder)
         for blob in self.layout.blobs.iterdir():
-            if blob.name not in wanted:
+            if sure and blob.name not in wanted:
                 freed += blob.stat().st_size
                 blob.unlink()
         for partial in self.layout.partials.iterdir():
@@ -164,18 +174,24 @@ class Store:
         sync_folder(self.layout.blobs)
         return freed
 
-    def _reachable(self, keep: frozenset[str]) -> set[str]:
+    def _reachable(self, keep: frozenset[str]) -> tuple[set[str], bool]:
+        """The blobs of the images in `keep`, and whether that is all of them: a damaged manifest does not say."""
         wanted: set[str] = set()
+        sure = True
         for digest in keep:
             if not DIGEST.fullmatch(digest) or not self.layout.has(digest):
                 continue
+            wanted.add(digest.removeprefix("sha256:"))
             try:
-                blobs = stored_manifest(self.layout, digest).blobs
-            except (StorageError, InvalidImage):
-                continue  # damaged: nothing can be made of it; its unpacked model does not need it
-            wanted |= {digest.removeprefix("sha256:"), *(blob.hex for blob in blobs)}
-        return wanted
+                wanted |= {blob.hex for blob in stored_manifest(self.layout, digest).blobs}
+            except (StorageError, InvalidImage) as error:
+                _log.warning("no blob is removed", reason=str(error))
+                sure = False
+        return wanted, sure
 
 
 def _bytes(folder: Path) -> int:
+    """Of a folder, or of a file that somebody has put there."""
+    if not folder.is_dir():
+        return folder.lstat().st_size
     return sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_dir())

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,18 +67,23 @@ def unpack(
     manifest = stored_manifest(store, digest)
     where = manifest.config.digest
     diff_ids = parse_diff_ids(store.document(manifest.config.digest), len(manifest.layers), where)
-    for leftover in (final, partial):
-        remove_folder(leftover)
+    remove_folder(partial)
     # What comes out is not known before; it is at least about what goes in, and is watched while it is written.
     check_space(models, sum(layer.size for layer in manifest.layers), limits.keep_free)
     partial.mkdir(mode=0o755)
     try:
         _fill(partial, store, manifest, diff_ids, reference, limits, progress)
     except BaseException:
-        remove_folder(partial)
+        with suppress(OSError):  # the first error is the one to tell; a start clears what is left
+            remove_folder(partial)
         raise
+    damaged = models / f"{hex_}.damaged.partial"
+    if final.exists():  # it stays until there is a better one
+        remove_folder(damaged)
+        final.rename(damaged)
     partial.rename(final)
     sync_folder(models)
+    remove_folder(damaged)
     return final
 
 
@@ -91,7 +97,8 @@ def _intact(folder: Path) -> bool:
 
 def remove_folder(folder: Path) -> None:
     """Remove a model's folder so that a kill in the middle leaves nothing that looks whole."""
-    if not folder.exists():
+    if not folder.is_dir() or folder.is_symlink():
+        folder.unlink(missing_ok=True)
         return
     if not folder.name.endswith(".partial"):
         doomed = folder.with_name(folder.name + ".partial")

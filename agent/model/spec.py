@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -217,6 +217,8 @@ class Model:
     reference: str
     folder: Path
     spec: ModelSpec
+    hashes: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    """sha256 in hex of each file in `folder`, as they were verified; empty for a model that is not from the store."""
 
     @property
     def name(self) -> str:
@@ -268,11 +270,11 @@ def read_spec(folder: Path) -> ModelSpec:
         raise InvalidModel("is not a plain file", field="model.yaml")
     spec = _written(path) if path.exists() else _bare(folder)
     root = folder.resolve()
-    for field, name in spec.files():
+    for where, name in spec.files():
         target = folder / name
         if not target.is_file() or not target.resolve().is_relative_to(root):
             raise InvalidModel(
-                f"the file {name!r} is not in the image", field=f"model.yaml: {field}", hint="pack the image again"
+                f"the file {name!r} is not in the image", field=f"model.yaml: {where}", hint="pack the image again"
             )
     return spec
 

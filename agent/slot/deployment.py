@@ -21,6 +21,7 @@ from agent.errors import (
     Refused,
     SlotdError,
     StorageError,
+    revive,
 )
 from agent.executor.seat import Seat
 from agent.journal.boot import BootRecord, ModelRef, write_boot
@@ -31,6 +32,7 @@ from agent.serving.dataplane import Dataplane
 from agent.serving.trials import Trials
 from agent.slot.arbiter import Arbiter, AtBoundary, Ended, Interrupt, Joined, Outcome, Phase, Queued, Start, Turn
 from agent.slot.attempt import Deployment
+from agent.slot.books import Books
 from agent.slot.installer import Installer
 from agent.slot.preflight import check_signature, check_slot, preflight
 from agent.slot.probation import Probation
@@ -103,6 +105,7 @@ class Deployments:
         self.journal = journal
         self.tell = tell
         self.boot_id = boot_id
+        self.books = Books(state_dir, journal)
         self.last: dict[str, Any] | None = None
         self._all: dict[str, Deployment] = {}
         self._task: asyncio.Task[None] | None = None
@@ -155,6 +158,10 @@ class Deployments:
                     self._task.cancel()
             case AtBoundary():
                 deployment.called_off.set()
+        if (error := decision.turn.called_off) is not None and not isinstance(decision, Ended):
+            # Acknowledged is cancelled: a crash before it has ended must not bring it back.
+            work = self.books.write(lambda: self.journal.call_off(deployment.id, error.as_dict()))
+            await self._to_the_end(work, f"call-off-{deployment.id}")
         return deployment
 
     def get(self, task: str) -> Deployment | None:
@@ -213,10 +220,22 @@ class Deployments:
         """After a start: what was cut off is resumed, tried once more, or given up, and the journal says so."""
         rows, self._cut_off = self._cut_off, []
         for row in rows:
-            await self._noted(self._take_up(row, newest=row is rows[-1]))
+            try:
+                await self._take_up(row, newest=row is rows[-1])
+            except StorageError as error:
+                log.warning("resumed_later", deployment=row["id"], error=str(error))
+                self._cut_off.append(row)
+            except Exception as fault:
+                log.error("not_resumed", deployment=row["id"], error=str(_known(fault, "what was cut off")))
+
+    async def settle(self) -> None:
+        """What a bad disk has left undone, now that it may be mended."""
+        await self.books.settle(lambda: self.boot)
+        if self._cut_off and self.journal.degraded is None and not self.arbiter.stopping:
+            await self.resume()
 
     async def _take_up(self, row: dict[str, Any], *, newest: bool) -> None:
-        reached, digest = _reached(row), row.get("digest")
+        reached, digest, called_off = _reached(row), row.get("digest"), row.get("called_off")
         undeploy = row.get("kind") == UNDEPLOY
         key = UNDEPLOY if undeploy else digest
         committed = self.boot.committed.digest if self.boot.committed else None
@@ -224,7 +243,9 @@ class Deployments:
             # boot.json is the truth, and it has been written.
             await self._noted(self.journal.clear_attempts(key or ""))
             await self._conclude(row, Outcome.COMMITTED, None)
-        elif not newest or self.arbiter.running is not None:
+        elif called_off is not None:
+            await self._conclude(row, Outcome.CANCELLED, revive(called_off))
+        elif not newest or self._all:
             await self._conclude(row, Outcome.FAILED, Interrupted(f"cut off at {reached}; a newer one was asked for"))
         elif reached == ROLL_BACK:
             why = "cut off while the committed model was put back, which the start has done"
@@ -297,6 +318,7 @@ class Deployments:
 
     async def _begin(self, deployment: Deployment) -> None:
         wish = deployment.wish
+        await self.books.ready()
         await self.journal.begin(
             {
                 "id": deployment.id,
@@ -357,6 +379,8 @@ class Deployments:
 
     async def _tidy(self) -> None:
         """Frees the disk of what is neither committed nor previous nor wanted."""
+        if self.books.doubt is not None:  # a power cut may bring back a record that names others
+            return
         keep = {ref.digest for ref in (self.boot.committed, self.boot.previous) if ref is not None}
         keep |= {one.digest for one in (self.running, self.waiting) if one is not None and one.digest is not None}
         keep |= set(self.residents.models)
@@ -380,6 +404,7 @@ class Deployments:
         )
         told = resident.signature
         async with self.installer.lock:
+            await self.books.ready()
             await self._count_attempt(deployment, model.digest)
             await self._drain(deployment)
             proven = await self.installer.install(
@@ -477,10 +502,16 @@ class Deployments:
         else:
             previous = old if old is not None else self.boot.previous
         record = BootRecord(self.boot.generation + 1, ref, previous)
-        await asyncio.to_thread(write_boot, self.state_dir, record)
-        self.boot = record
+        async with self.books.writing:
+            try:
+                self.books.doubt = await asyncio.to_thread(write_boot, self.state_dir, record)
+            except StorageError as error:
+                self.books.doubt = str(error)
+                raise
+            self.boot = record
         self.arbiter.commit(deployment.turn)
         deployment.turn.over = True
+        await self.books.remember(record)
         if old is not None and (ref is None or old.digest != ref.digest):
             await self._noted(self.residents.dismiss(old.digest))
 
@@ -488,6 +519,7 @@ class Deployments:
         if self.boot.committed is None:
             return Outcome.UNCHANGED
         async with self.installer.lock:
+            await self.books.ready()
             await self._count_attempt(deployment, UNDEPLOY)
             await self._drain(deployment)
             await self._enter(deployment, Phase.RELEASE)
@@ -546,10 +578,12 @@ class Deployments:
 
     async def _finish(self, deployment: Deployment, outcome: Outcome, error: SlotdError | None) -> None:
         document = self._settle(deployment, outcome, error)
-        if deployment.attempt is not None:  # it ended in order, however it ended
-            await self._noted(self.journal.clear_attempts(deployment.attempt))
+        if (key := deployment.attempt) is not None:  # it ended in order, however it ended
+            await self.books.write(lambda: self.journal.clear_attempts(key))
         reason = error.as_dict() if error else None
-        await self._noted(self.journal.end(deployment.id, outcome.value, reason, deployment.digest, document=document))
+        await self.books.write(
+            lambda: self.journal.end(deployment.id, outcome.value, reason, deployment.digest, document=document)
+        )
         log.info("deployment_ended", deployment=deployment.id, outcome=outcome.value, seconds=deployment.seconds)
         self.tell("deployment_ended", document)
         deployment.done.set()
@@ -575,7 +609,9 @@ class Deployments:
         reason = error.as_dict() if error else None
         document = {**row, "outcome": outcome.value, "error": reason, "phase": _reached(row)}
         document.pop("wish", None)
-        await self._noted(self.journal.end(row["id"], outcome.value, reason, row.get("digest"), document=document))
+        await self.books.write(
+            lambda: self.journal.end(row["id"], outcome.value, reason, row.get("digest"), document=document)
+        )
         self.last = document
         self.tell("deployment_ended", document)
         log.warning("deployment_cut_off", deployment=row["id"], reached=_reached(row), outcome=outcome.value)

@@ -306,10 +306,13 @@ async def prove_seat(
 
 
 def wanted_of(model: Model) -> Wanted:
-    """What must be in the slot for a model. Reads the bitstream to hash it. Raises StorageError."""
+    """What must be in the slot for a model, its bitstream as it was verified. Raises StorageError."""
     section = model.spec.slot
     if section is None:
         return Wanted()
+    verified = model.hashes.get(section.bitstream)
+    if verified is not None:
+        return Wanted(section.interface, section.accelerator, verified)
     try:
         with (model.folder / section.bitstream).open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()

@@ -110,13 +110,60 @@ async def test_collect_keeps_half_done_blobs_that_may_be_gone_on_with(store):
     assert fresh.exists() and not old.exists()
 
 
-async def test_collect_is_not_stopped_by_a_damaged_manifest(store):
+async def test_collect_removes_no_blob_when_a_damaged_manifest_does_not_say_which(store):
     digest = put(store, "a:1", MODEL)
+    other = put(store, "b:1", {"models/a.onnx": b"other"})
+    blobs = sorted(path.name for path in store.layout.blobs.iterdir())
+    good = store.layout.blob(digest).read_bytes()
     store.layout.blob(digest).write_bytes(b"{}")
-    assert [item.size for item in store.manifests()] == [0]
+    assert 0 in [item.size for item in store.manifests()]
     await store.collect({digest})
-    assert store.manifests() == []
+    assert sorted(path.name for path in store.layout.blobs.iterdir()) == blobs
+    assert store.has(digest) and not store.has(other)  # models are told by their names
     assert store.model(digest).digest == digest  # what serves does not need its blobs
+    store.layout.blob(digest).write_bytes(good)
+    assert await store.collect({digest}) > 0
+    assert len(list(store.layout.blobs.iterdir())) == 3
+
+
+async def test_an_index_that_is_gone_is_made_anew(store, tmp_path):
+    digest = put(store, "a:1", MODEL)
+    for name in ("index.json", "oci-layout"):
+        (store.layout.path / name).unlink()
+        again = Store(tmp_path / "state", ImagesConfig())
+        await again.open()
+        assert name in (again.repaired or "")
+        assert [item.digest for item in again.manifests()] == [digest]
+    again = Store(tmp_path / "state", ImagesConfig())
+    await again.open()
+    assert again.repaired is None
+
+
+async def test_collect_is_not_stopped_by_what_somebody_has_put_there(store):
+    digest = put(store, "a:1", MODEL)
+    (store.models / "notes.txt").write_bytes(b"do not touch")
+    (store.models / "link").symlink_to("/etc")
+    assert await store.collect({digest}) > 0
+    assert [path.name for path in store.models.iterdir()] == [digest.removeprefix("sha256:")]
+
+
+async def test_a_damaged_model_stays_until_there_is_a_better_one(store):
+    """Its blobs may be no better."""
+    digest = put(store, "a:1", MODEL)
+    weights = store.folder(digest) / "weights.bin"
+    weights.write_bytes(b"damaged")
+    layer = max(store.layout.blobs.iterdir(), key=lambda path: path.stat().st_size)
+    good = layer.read_bytes()
+    layer.write_bytes(good[:-100])
+    for _ in range(2):
+        with pytest.raises((StorageError, InvalidImage, NotFound)):
+            unpack(store.layout, store.models, digest, "", LIMITS, lambda count, total: None)
+        assert weights.read_bytes() == b"damaged"
+        assert [path.name for path in store.models.iterdir()] == [digest.removeprefix("sha256:")]
+    layer.write_bytes(good)
+    unpack(store.layout, store.models, digest, "", LIMITS, lambda count, total: None)
+    assert store.model(digest).hashes["weights.bin"]
+    assert [path.name for path in store.models.iterdir()] == [digest.removeprefix("sha256:")]
 
 
 async def test_collect_waits_for_a_pull_and_then_says_so(store, monkeypatch):
