@@ -16,7 +16,7 @@ mount -t overlay -o "lowerdir=/,upperdir=$live/upper,workdir=$live/work" overlay
 
 # Only what a test starts is started, and nothing that would reach the kernel that the host shares.
 rm -rf "$root"/etc/systemd/system "$root"/etc/systemd/network "$root"/usr/lib/systemd/system/*.wants
-rm -rf "$root"/run/* "$root"/tmp/* "$root"/var/log/journal "$root"/etc/fstab
+rm -rf "$root"/var/log/journal "$root"/etc/fstab
 units=$root/etc/systemd/system
 mkdir -p "$units/sysinit.target.wants" "$units/sockets.target.wants" "$root/etc/systemd/journald.conf.d"
 for unit in systemd-sysctl.service systemd-modules-load.service systemd-udevd.service systemd-udev-trigger.service \
