@@ -39,6 +39,7 @@ async def test_the_commands_that_every_slotd_has() -> None:
     assert [(command.name, command.changes) for command in table] == [
         ("ping", False),
         ("status", False),
+        ("doctor", False),
         ("deploy", True),
         ("undeploy", True),
         ("rollback", True),
@@ -58,11 +59,12 @@ async def test_each_asks_the_host() -> None:
     assert answer["device"] == host.document["device"]
     assert answer["version"] == host.document["version"]
     assert await table.run("status", {}, ME) == host.document
+    assert (await table.run("doctor", {}, ME))["checks"]
     for name in ("undeploy", "rollback", "cancel"):
         assert (await table.run(name, {}, ME))["task"] == "d-1"
     await table.run("cancel", {"task": "d-1"}, ME)
     assert (await table.run("task", {"task": "d-1"}, ME))["id"] == "d-1"
-    asked = [entry for entry in host.asked if entry[0] != "status"]
+    asked = [entry for entry in host.asked if entry[0] not in ("status", "doctor")]
     assert asked == [("undeploy", None), ("rollback", None), ("cancel", None), ("cancel", "d-1"), ("task", "d-1")]
 
 
