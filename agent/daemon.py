@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +23,21 @@ from agent import __version__
 from agent.commands.admin import AdminServer
 from agent.commands.builtin import build_table
 from agent.config import Config
-from agent.errors import InvalidConfig, SlotdError
+from agent.errors import InvalidConfig, SlotdError, StorageError
 from agent.executor.sandbox import withhold_memory
 from agent.health import confinement
+from agent.health.document import timestamp
 from agent.health.issues import Issues
 from agent.host import SlotHost
 from agent.images.source import ImageSource
-from agent.journal.boot import BootRecord, read_boot, write_boot
 from agent.journal.database import Journal
 from agent.journal.lock import take_lock
 from agent.journal.outbox import Outbox
+from agent.link.keeper import LinkKeeper
 from agent.link.mqtt import Link
+from agent.logs import configure as configure_logs
+from agent.reload.reloader import Reloader
+from agent.reload.source import Loaded
 from agent.service import Watchdog, notify_ready, notify_status, notify_stopping
 from agent.serving.dataplane import Dataplane
 from agent.serving.listen import GrpcServer
@@ -43,6 +48,7 @@ from agent.slot.deployment import Deployments
 from agent.slot.installer import Installer
 from agent.slot.recovery import Recovery
 from agent.slot.residents import Residents
+from agent.storage import BootRecords, Storage, load_committed
 from agent.upgrade import TakenBack, read_taken_back
 from agent.upgrade import report as report_taken_back
 from drivers import make
@@ -52,6 +58,9 @@ log = structlog.get_logger(__name__)
 STOP_BOUND = 30.0
 """Seconds after which a stop that has not ended is ended all the same."""
 HEALTH_EVERY = 5.0
+MAX_TOLD = 1000
+"""How many events wait for a disk that fails."""
+RETRY_TOLD = 1.0
 STOPPED = "stopped"
 """Journal key: when the last slotd stopped answering."""
 
@@ -89,26 +98,44 @@ class Tasks:
 
 
 class Teller:
-    """Events from anywhere, into the outbox, in order, without making anybody wait for the disk."""
+    """Events from anywhere, into the outbox, in order, without making anybody wait for the disk.
+
+    While the disk fails they wait here; of more than MAX_TOLD the newest are counted, and the count is told.
+    """
 
     def __init__(self, outbox: Outbox) -> None:
         self._outbox = outbox
-        self._queue: asyncio.Queue[tuple[str, dict[str, Any]]] = asyncio.Queue()
+        self._queue: asyncio.Queue[tuple[str, dict[str, Any]]] = asyncio.Queue(MAX_TOLD)
+        self._lost = 0
 
     def tell(self, kind: str, document: dict[str, Any]) -> None:
         """An event for the fleet."""
-        self._queue.put_nowait((kind, document))
+        try:
+            self._queue.put_nowait((kind, {"ts": timestamp(time.time()), **document}))
+        except asyncio.QueueFull:
+            self._lost += 1
 
     async def run(self) -> None:
         """Until cancelled."""
         while True:
             kind, document = await self._queue.get()
             try:
-                await self._outbox.append(kind, document)
-            except SlotdError as error:
-                log.error("event_lost", kind=kind, error=str(error))
+                while not await self._append(kind, document):  # noqa: ASYNC110  # a disk has no event
+                    await asyncio.sleep(RETRY_TOLD)
+                if self._lost and await self._append("events_lost", {"count": self._lost}):
+                    self._lost = 0
             finally:
                 self._queue.task_done()
+
+    async def _append(self, kind: str, document: dict[str, Any]) -> bool:
+        try:
+            await self._outbox.append(kind, document)
+        except StorageError as error:
+            log.warning("event_waits", kind=kind, error=str(error))
+            return False
+        except SlotdError as error:
+            log.error("event_lost", kind=kind, error=str(error))
+        return True
 
     async def flush(self, timeout: float) -> None:
         """Waits until all of them are stored."""
@@ -122,11 +149,14 @@ class Teller:
 class Daemon:
     """One slotd. `run` returns the exit code."""
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    def __init__(self, loaded: Loaded) -> None:
+        self.loaded = loaded
+        self.config = loaded.config
+        """As it was at the start; the Reloader knows what is in force."""
         self.boot_id = _boot_id()
         self.stop_asked = asyncio.Event()
         self.ready = asyncio.Event()
+        self.hung_up = asyncio.Event()
         self.host: SlotHost | None = None
         self.taken_back: TakenBack | None = None
 
@@ -135,6 +165,7 @@ class Daemon:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled)
+        loop.add_signal_handler(signal.SIGHUP, self.hung_up.set)
         asked = asyncio.create_task(self.stop_asked.wait(), name="stop-asked")
         fault: BaseException | None = None
         async with AsyncExitStack() as stack:
@@ -163,13 +194,11 @@ class Daemon:
         stack.callback(lock.release)
 
         issues = Issues()
-        boot = await self._read_boot(issues)
+        boots = BootRecords(config.state_dir, issues)
+        boot = await boots.read()
         journal = await Journal.open(config.state_dir, self.boot_id)
         stack.push_async_callback(journal.close)
-        if journal.put_aside is not None:
-            issues.raise_(
-                "journal-lost", "warning", str(journal.put_aside), "history before this start is in that file"
-            )
+        boot = await boots.compare(boot, journal)
         outbox = Outbox(journal, max_events=config.link.outbox_events)
         teller = Teller(outbox)
         tasks = Tasks()
@@ -201,10 +230,8 @@ class Daemon:
         installer.on_death.append(lambda _seat, _error: recovery.wake(now=False))
         dataplane.on_trouble(recovery.doubt)
         images = ImageSource(config)
-        try:
-            await images.open()
-        except SlotdError as error:  # what is unpacked can be served all the same
-            issues.raise_("store", "critical", str(error), error.hint or "deployments fail until the disk is mended")
+        storage = Storage(config.state_dir, config.images.keep_free, issues, boots, journal, images)
+        await storage.open_store()
         deployments = Deployments(
             config,
             config.state_dir,
@@ -220,6 +247,9 @@ class Daemon:
             teller.tell,
             self.boot_id,
         )
+        deployments.books.doubt = boots.doubt
+        if boot.generation:
+            await deployments.books.remember(boot)
         await deployments.open()
         host = self.host = SlotHost(
             config, self.boot_id, arbiter, dataplane, installer, recovery, deployments, issues.list
@@ -228,35 +258,54 @@ class Daemon:
 
         arbiter.committed = boot.committed.digest if boot.committed else None
 
-        async def load_committed() -> None:
-            await _load_committed(deployments.boot, images, residents, arbiter, issues)
-
-        recovery.load_committed = load_committed
-        await load_committed()
+        load = partial(load_committed, deployments, images, residents, arbiter, issues)
+        recovery.load_committed = partial(load, mend=True)
+        await load(mend=False)  # a repair may take long, and the ports open first
 
         server = GrpcServer(config.serving, config.run_dir, dataplane)
         admin = AdminServer(config.run_dir / "admin.sock", table, host)
         host.listen = await server.start()
-        stack.push_async_callback(server.stop, config.serving.grace)
+        stack.push_async_callback(server.stop)
         stack.push_async_callback(self._note_stop, journal)
         await admin.start()
         stack.push_async_callback(admin.close)
         stack.push_async_callback(deployments.stop)
-        link = Link(config, table, host, journal, outbox, issues, self.boot_id)
+        link = host.link = LinkKeeper(
+            config, lambda now: Link(now, table, host, journal, outbox, issues, self.boot_id), issues
+        )
         arbiter.on_change = _both(dataplane.changed, link.changed)
-        if config.link.enabled:
-            host.link = link
-            tasks.spawn(link.run(), "link")
-            stack.push_async_callback(link.close, 3.0)
+        tasks.spawn(link.run(), "link")
+        stack.push_async_callback(link.close, 3.0)
+
+        def apply(now: Config) -> None:
+            """Another configuration is in force: every part that goes by it hears of it, in this order."""
+            configure_logs(now.log)
+            outbox.reconfigure(now.link.outbox_events)
+            storage.reconfigure(now.images.keep_free)
+            images.reconfigure(now)
+            residents.reconfigure(now)
+            trials.reconfigure(now.serving.poison_memory)
+            installer.reconfigure(now)
+            recovery.reconfigure(now)
+            deployments.reconfigure(now)
+            server.reconfigure(now.serving)
+            dataplane.reconfigure(now.serving)
+            arbiter.continuity = Continuity(now.swap.continuity)
+            arbiter.on_change()
+            link.reconfigure(now)
+
+        reloader = host.reloader = Reloader(self.loaded, apply, issues, teller.tell, self.hung_up)
 
         host.restart_gap = await _gap(journal)
         notify_ready()
         tasks.spawn(Watchdog().run(), "watchdog")
-        tasks.spawn(self._sample(host, issues, link, journal), "samples")
+        tasks.spawn(self._sample(host, issues, link), "samples")
         for work, name in (
             (recovery.run(), "recovery"),
             (recovery.self_test(), "self-test"),
+            (storage.run(deployments, arbiter, residents, recovery), "storage"),
             (deployments.resume(), "resume"),
+            (reloader.run(), "config"),
         ):  # they hold the slot, so they end before anything that they need is taken away
             stack.push_async_callback(_end, tasks.spawn(work, name))
         stack.push_async_callback(server.lame_duck)  # first of all: nobody is sent here any more
@@ -275,21 +324,7 @@ class Daemon:
         except SlotdError as error:
             log.warning("stop_not_journaled", error=str(error))
 
-    async def _read_boot(self, issues: Issues) -> BootRecord:
-        try:
-            boot = await asyncio.to_thread(read_boot, self.config.state_dir)
-        except SlotdError as error:
-            issues.raise_("boot-record", "critical", str(error), error.hint or "deploy the model again")
-            return BootRecord(0, None, None)
-        if boot.repaired:
-            issues.raise_("boot-record", "warning", f"{boot.repaired}; its last good copy is used", "check the disk")
-            try:
-                await asyncio.to_thread(write_boot, self.config.state_dir, boot)
-            except SlotdError as error:
-                log.error("boot_record_not_repaired", error=str(error))
-        return boot
-
-    async def _sample(self, host: SlotHost, issues: Issues, link: Link, journal: Journal) -> None:
+    async def _sample(self, host: SlotHost, issues: Issues, link: LinkKeeper) -> None:
         """The slot's sensors, and what the state means for the operator."""
         while True:
             host.health = await host.installer.read_health()
@@ -301,10 +336,6 @@ class Daemon:
                 text = f"{text}; {self.taken_back.text}"
             running = host.deployments.running
             notify_status(f"{text}, {running.phase} {running.name or ''}" if running else text)
-            if journal.degraded:
-                issues.raise_("journal", "error", journal.degraded, "mend the disk; the host serves, deployments fail")
-            else:
-                issues.clear("journal")
             if host.health.tripped:
                 issues.raise_(
                     "slot-temperature", "critical", "the slot is too hot and has tripped", "check the cooling"
@@ -331,28 +362,11 @@ class Daemon:
         self.stop_asked.set()
 
 
-async def _load_committed(
-    boot: BootRecord, images: ImageSource, residents: Residents, arbiter: Arbiter, issues: Issues
-) -> None:
-    """The committed model's bridge. A model that cannot be loaded leaves the host dark, not down."""
-    ref = boot.committed
-    if ref is None or ref.digest in residents.models:
-        return
-    try:
-        await residents.admit(await images.model(ref.digest, ref.reference))
-    except SlotdError as error:
-        arbiter.trouble = error
-        issues.raise_("committed-model", "critical", f"{ref.name}: {error}", error.hint or "deploy the model again")
-        log.error("committed_model_unusable", digest=ref.digest, error=str(error))
-    else:
-        issues.clear("committed-model")
-
-
-def run(config: Config) -> int:
+def run(loaded: Loaded) -> int:
     """One daemon in a loop of its own, until it is told to stop; the exit code. Raises what `Daemon.run` does."""
     withhold_memory()  # its keys and its clients' data are not for its children
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(Daemon(config).run())
+        return runner.run(Daemon(loaded).run())
 
 
 def _make_folders(config: Config) -> None:

@@ -205,7 +205,7 @@ class Wishes:
                 answer = await self._table.run("undeploy", {}, actor)
             else:
                 answer = await self._table.run("deploy", section, actor)
-        except Unavailable as error:
+        except (Unavailable, StorageError) as error:  # it is for the disk, or a stop, to pass
             _log.warning("the wish cannot be carried out now", error=str(error))
             self._not_before = time.monotonic() + AGAIN
             await self._keep(replace(self._memory, state="waiting", error=error_document(error)))

@@ -130,13 +130,12 @@ class Recovery:
             self.next_try = None
 
     async def _attempt(self) -> None:
+        if (self.arbiter.committed or "") not in self.residents.models and self.load_committed is not None:
+            await self.load_committed()  # it may have to be fetched again: nobody waits for the slot meanwhile
         async with self.installer.lock:
             if not self.needed():
                 return
-            digest = self.arbiter.committed or ""
-            if digest not in self.residents.models and self.load_committed is not None:
-                await self.load_committed()
-            resident = self.residents.models.get(digest)
+            resident = self.residents.models.get(self.arbiter.committed or "")
             if resident is None:
                 raise SlotError("the committed model cannot be loaded", hint="deploy it again")
             await self.bring_back(resident)

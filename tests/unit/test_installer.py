@@ -94,7 +94,7 @@ class Bench:
         self.proof: Exception | None = None
         section = SimpleNamespace(interface="i", accelerator="a", bitstream="b.bin")
         spec = SimpleNamespace(slot=section, image=None, has_bridge=True, version="1", signature=None)
-        self.model: Any = SimpleNamespace(digest=DIGEST, name="toy", version=1, folder=folder, spec=spec)
+        self.model: Any = SimpleNamespace(digest=DIGEST, name="toy", version=1, folder=folder, spec=spec, hashes={})
         bridge = fake_seat(FakeWorker(), "bridge", self.model)
         self.resident: Any = SimpleNamespace(
             model=self.model, bridge=bridge, maps=(), decoders=bridge.decoders, signature=object()
