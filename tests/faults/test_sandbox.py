@@ -1,0 +1,95 @@
+"""Code planted in each kind of child, as root and as an ordinary user: what it tries, and that it could without."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from support.unprivileged import UID, become
+
+SUPPORT = Path(__file__).parents[1] / "support"
+REPOSITORY = Path(__file__).parents[2]
+ROLES = ("executor", "slot", "decoder", "programmer", "puller", "registry", "parser")
+REFUSED = {
+    "inet": "EPERM",
+    "listen": "EPERM",
+    "admin": "EPERM",
+    "key": "EACCES",
+    "journal": "EACCES",
+    "memory": "EACCES",
+    "read_memory": "EPERM",
+    "trace": "EPERM",
+    "kill": "EPERM",
+    "kill_thread": "EPERM",
+    "kill_by_descriptor": "EPERM",
+    "kill_by_owner": "EPERM",
+    "limit": "EPERM",
+    "slow_down": "EPERM",
+    "execute": "EPERM",
+    "spawn": "EPERM",
+    "outside": "EACCES",
+    "list_outside": "EACCES",
+    "write_outside": "EACCES",
+    "chmod_outside": "EPERM",
+    "own": "EACCES",
+    "alter_own": "EACCES",
+}
+"""What a child with nothing of its own gets."""
+ALLOWED = {
+    "executor": {"own"},
+    "slot": {"own"},
+    "puller": {"own", "alter_own"},
+    "registry": {"own", "alter_own", "inet"},
+}
+"""What some may: the model's files read, the store written, the registry reached."""
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """Where another user may go, too, and short enough for a Unix socket."""
+    path = Path(tempfile.mkdtemp(prefix="slotd-"))
+    yield path
+    shutil.rmtree(path)
+
+
+def plant(folder: Path, mode: str, uid: int, *roles: str) -> dict[str, dict[str, str]]:
+    os.chown(folder, uid, uid)
+    done = subprocess.run(
+        [sys.executable, "-I", str(SUPPORT / "planting.py"), mode, str(folder), str(REPOSITORY), *roles],
+        preexec_fn=become(uid) if uid else None,
+        cwd="/",
+        stdout=subprocess.PIPE,
+        timeout=200,
+        check=True,
+    )
+    found: dict[str, dict[str, str]] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize("uid", [0, UID])
+def test_what_planted_code_tries_is_refused(folder: Path, uid: int) -> None:
+    for role, found in plant(folder, "confined", uid, *ROLES).items():
+        wanted = {name: "done" if name in ALLOWED.get(role, ()) else code for name, code in REFUSED.items()}
+        assert found == wanted, role
+    assert (folder / "state" / "journal.db").read_bytes() == b"0123456789"
+
+
+@pytest.mark.parametrize("uid", [0, UID])
+def test_without_the_sandbox_it_all_succeeds(folder: Path, uid: int) -> None:
+    for role, found in plant(folder, "free", uid, *ROLES).items():
+        assert found == dict.fromkeys(REFUSED, "done"), role
+
+
+def test_the_agents_memory_is_closed_by_itself(folder: Path) -> None:
+    """To a child of the same user that has no sandbox."""
+    (found,) = plant(folder, "withheld", UID, "executor").values()
+    assert (found["memory"], found["read_memory"], found["trace"]) == ("EACCES", "EPERM", "EPERM")
+    assert found["key"] == found["kill"] == "done"
