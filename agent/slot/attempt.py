@@ -38,6 +38,8 @@ class Deployment:
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
     began: float = field(default_factory=time.monotonic)
     seconds: float | None = None
+    written: asyncio.Event = field(default_factory=asyncio.Event)
+    """The journal has it, or could not take it: then it is done."""
     done: asyncio.Event = field(default_factory=asyncio.Event)
     called_off: asyncio.Event = field(default_factory=asyncio.Event)
     _phase_began: float = 0.0

@@ -309,6 +309,7 @@ class Deployments:
                 self.arbiter.withdraw(deployment.turn)
             raise
         finally:
+            deployment.written.set()
             if isinstance(decision, Queued) and decision.replaced is not None:
                 replaced = decision.replaced
                 await self._finish(self._all[replaced.id], Outcome.SUPERSEDED, replaced.called_off)
@@ -344,6 +345,10 @@ class Deployments:
         error: SlotdError | None = None
         try:
             try:
+                await deployment.written.wait()  # its turn may have come at once
+                if deployment.done.is_set():  # it could not even be written down
+                    self._next(deployment)
+                    return
                 outcome = await self._way(deployment)
                 turn.over = True
             except asyncio.CancelledError:
@@ -577,6 +582,7 @@ class Deployments:
         return self.last
 
     async def _finish(self, deployment: Deployment, outcome: Outcome, error: SlotdError | None) -> None:
+        await deployment.written.wait()  # else the journal would have its end before its beginning
         document = self._settle(deployment, outcome, error)
         if (key := deployment.attempt) is not None:  # it ended in order, however it ended
             await self.books.write(lambda: self.journal.clear_attempts(key))

@@ -552,6 +552,34 @@ async def test_a_wish_that_cannot_be_journaled_is_not_carried_out(host: Host) ->
     assert len(host.deployments._all) <= procedure.KEEP_ENDED + 1
 
 
+@pytest.mark.parametrize("taken", [True, False])
+async def test_a_turn_that_comes_before_its_wish_is_journaled(host: Host, taken: bool) -> None:
+    gate = host.stand.hold("fetch")
+    first = await host.deploy()
+    await host.stand.until("fetch")
+    begin, end_of_first = host.journal.begin, asyncio.Event()
+
+    async def late(document: Any) -> None:
+        gate.set()
+        await end_of_first.wait()
+        await asyncio.sleep(0.05)  # its own turn has come
+        if not taken:
+            raise StorageError("the disk is full")
+        await begin(document)
+
+    host.journal.begin = late  # type: ignore[method-assign,assignment]
+    asked = asyncio.create_task(host.deploy("third:1"))
+    await host.ended(first)
+    end_of_first.set()
+    if taken:
+        assert (await host.ended(await asked)).outcome is Outcome.COMMITTED
+    else:
+        with pytest.raises(StorageError):
+            await asked
+        await host.idle()
+        assert (host.arbiter.running, await unfinished(host.journal)) == (None, [])
+
+
 async def test_a_caller_that_goes_away_changes_nothing(host: Host) -> None:
     """It was journaled and never run, to be taken up by surprise at the next start."""
     begin, go_on = host.journal.begin, asyncio.Event()
