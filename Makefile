@@ -8,14 +8,16 @@ PYTEST = $(VENV)/bin/python -m pytest
 TOOLS := mosquitto mosquitto_pub docker-registry htpasswd skopeo umoci
 PACKAGES := python3-venv mosquitto mosquitto-clients docker-registry apache2-utils skopeo umoci
 # What the tests in a machine of their own need besides (make test-vm).
-TOOLS_VM := nsenter setpriv unshare systemd-analyze udevadm
-PACKAGES_VM := systemd udev util-linux
+TOOLS_VM := nsenter runuser setpriv unshare systemd-analyze udevadm /usr/bin/python3.11
+PACKAGES_VM := systemd udev util-linux python3
 export PATH := $(PATH):/usr/sbin:/sbin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PREFIX ?= /usr/local
+export DESTDIR ?=
 export PIP_ROOT_USER_ACTION := ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help venv tools tools-vm lint format test test-vm test-long test-tensorflow bench demo deb protos clean
+.PHONY: help install install-system uninstall venv tools tools-vm lint format test test-vm test-long test-tensorflow bench demo deb protos clean
 
 help: ## Print this
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-24s %s\n", $$1, $$2}'
@@ -92,6 +94,16 @@ demo: $(VENV_DEMO)/.installed ## Two real models, swapped under load, on this ma
 deb: ## Build the Debian package, build/deb/slotd_VERSION_ARCHITECTURE.deb
 	@/usr/bin/python3 -c 'import ensurepip' 2>/dev/null || $(call apt,python3 python3-venv)
 	@/usr/bin/python3 packaging/build.py
+
+install: ## Install slotd on this host: PREFIX (/usr/local), DESTDIR
+	@PYTHON=$(PYTHON) packaging/install.sh program
+	@packaging/install.sh system
+
+install-system: ## Only units, users, rules and settings, without the program
+	@packaging/install.sh system
+
+uninstall: ## Take it away again; settings, models and state stay
+	@packaging/install.sh uninstall
 
 protos: venv ## Compile the .proto files
 	cd agent/serving/protos && $(CURDIR)/$(VENV)/bin/python -m grpc_tools.protoc -I. --include_imports \

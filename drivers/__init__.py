@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from drivers.base import Driver
+if TYPE_CHECKING:  # the slot helper, which is root, starts without it and all that it brings
+    from drivers.base import Driver
 
 BUILT_IN = {"simulated": "drivers.simulated:Simulated"}
 
