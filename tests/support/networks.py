@@ -1,5 +1,7 @@
 """Real architectures with random weights, ResNet-50 and VGG-16, as images in a layout folder: size and work are real.
 
+And a small network, for what is done a thousand times.
+
 Batch norms are folded, as a converter leaves them. Weights lie beside the graph, and the layer is not compressed:
 random numbers cannot be.
 """
@@ -110,11 +112,21 @@ def _vgg16(net: _Net) -> str:
     return net.dense(x, 4096, CLASSES)
 
 
-ARCHITECTURES: dict[str, Callable[[_Net], str]] = {"resnet50": _resnet50, "vgg16": _vgg16}
+def _small(net: _Net) -> str:
+    """Some milliseconds of work in a file of 150 KB."""
+    x, came = INPUT, 3
+    for goes, size in ((32, 7), (48, 3), (48, 3)):
+        x = net.add("Relu", net.convolution(x, (came, goes), size, stride=2))
+        came = goes
+    x = net.add("Flatten", net.add("GlobalAveragePool", x))
+    return net.dense(x, came, CLASSES)
 
 
-def write_network(folder: Path, name: str, *, version: str = "1", seed: int = 1, ballast: int = 0) -> Path:
-    """A model folder with one of ARCHITECTURES, float32 [n,3,224,224] to [n,1000]; `ballast`: bytes of a file more."""
+ARCHITECTURES: dict[str, Callable[[_Net], str]] = {"resnet50": _resnet50, "vgg16": _vgg16, "small": _small}
+
+
+def write_network(folder: Path, name: str, *, version: str = "1", seed: int = 1) -> Path:
+    """A model folder with one of ARCHITECTURES, float32 [n,3,224,224] to [n,1000]."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "weights.bin").open("wb") as file:
         net = _Net(file, "weights.bin", seed)
@@ -130,8 +142,6 @@ def write_network(folder: Path, name: str, *, version: str = "1", seed: int = 1,
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
     (folder / "model.onnx").write_bytes(model.SerializeToString())
-    if ballast:
-        write_noise(folder / "ballast.bin", ballast, seed)
     document = {
         "schema": "slotd/v1",
         "name": name,

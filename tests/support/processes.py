@@ -66,3 +66,15 @@ def holdings(pid: int) -> dict[str, int]:
         "children": len(descendants(pid)),
         "rss_kib": int(fields["VmRSS"].split()[0]),
     }
+
+
+def memory(pid: int) -> dict[str, int]:
+    """KiB: resident, its share of what it shares with others, and shared memory that it has mapped."""
+    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    status = Path(f"/proc/{pid}/status").read_text()
+    fields = dict(line.split(":", 1) for line in (rollup + status).splitlines() if ":" in line)
+    return {
+        "rss_kib": int(fields["VmRSS"].split()[0]),
+        "pss_kib": int(fields["Pss"].split()[0]),
+        "shared_kib": int(fields["RssShmem"].split()[0]),
+    }
