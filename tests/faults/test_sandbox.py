@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from support import host as host_module
+from support.host import Host
 from support.unprivileged import UID, become
 
 SUPPORT = Path(__file__).parents[1] / "support"
@@ -93,3 +95,54 @@ def test_the_agents_memory_is_closed_by_itself(folder: Path) -> None:
     (found,) = plant(folder, "withheld", UID, "executor").values()
     assert (found["memory"], found["read_memory"], found["trace"]) == ("EACCES", "EPERM", "EPERM")
     assert found["key"] == found["kill"] == "done"
+
+
+@pytest.mark.parametrize("lacks", [["landlock"], ["seccomp"], ["landlock", "seccomp"]])
+def test_a_kernel_that_lacks_a_piece_serves_and_says_so(
+    tmp_path: Path, lacks: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_module, "RUNNER", SUPPORT / "lacking_host.py")
+    host = Host(tmp_path)
+    host.pack("tiny:1")
+    try:
+        host.start(LACKS=",".join(lacks))
+        assert host.deploy("tiny:1")["outcome"] == "committed"
+        sandbox = host.until_host("slot")["sandbox"]
+        assert sandbox["lacks"] == lacks
+        assert {one["role"] for one in sandbox["children"]} == {"slot", "bridge"}
+        for one in (sandbox, *sandbox["children"]):
+            assert (one["landlock"] == 0, one["seccomp"]) == ("landlock" in lacks, "seccomp" not in lacks)
+        (issue,) = host.until(lambda: [one for one in host.status()["issues"] if one["id"] == "sandbox"])
+        assert issue["severity"] == "warning" and issue["hint"]
+        found = host.call("doctor")
+        assert not found["ok"]
+        amiss = [check for check in found["checks"] if not check["ok"]]
+        assert [check["id"] for check in amiss] == lacks and all(check["hint"] for check in amiss)
+    finally:
+        host.kill()
+
+
+def test_a_whole_host_lacks_nothing_and_its_children_go_first(tmp_path: Path) -> None:
+    """Also on the command line; the driver's needs are shown."""
+    host = Host(tmp_path)
+    host.pack("tiny:1")
+    slotd = [str(Path(sys.executable).with_name("slotd")), "doctor", "--json", "--socket"]
+    try:
+        host.start()
+        assert host.deploy("tiny:1")["outcome"] == "committed"
+        status = host.until_host("slot")
+        assert status["sandbox"]["lacks"] == [] and "sandbox" not in {one["id"] for one in status["issues"]}
+        assert status["sandbox"]["granted"] == {"write": [str(host.device)]}
+        for child in status["sandbox"]["children"]:
+            fields = Path(f"/proc/{child['pid']}/status").read_text()
+            assert "\nSeccomp:\t2\n" in fields and "\nNoNewPrivs:\t1\n" in fields
+            assert int(Path(f"/proc/{child['pid']}/oom_score_adj").read_text()) >= 500
+        done = subprocess.run([*slotd, str(host.run_dir / "admin.sock")], capture_output=True, check=True, timeout=60)
+        found = json.loads(done.stdout)
+        assert found["ok"] and {check["id"] for check in found["checks"]} >= {"landlock", "seccomp", "memory"}
+        assert str(host.device) in next(one["message"] for one in found["checks"] if one["id"] == "driver-write")
+    finally:
+        host.kill()
+    alone = subprocess.run([*slotd, str(tmp_path / "nobody")], capture_output=True, timeout=60)
+    checks = {check["id"]: check["ok"] for check in json.loads(alone.stdout)["checks"]}
+    assert alone.returncode == 1 and checks == {"daemon": False, "landlock": True, "seccomp": True}
