@@ -59,3 +59,19 @@ async def stall_probe(limit: float | None = 0.03, label: str = "") -> AsyncItera
         print(f"longest stall {label}: {stall.longest * 1e3:.1f} ms")
     if limit is not None:
         assert stall.longest <= limit, f"the loop stood still for {stall.longest * 1e3:.1f} ms"
+
+
+async def record_stalls(path: Path, *, over: float = 0.003) -> None:
+    """Until cancelled: appends `monotonic seconds` for each time that the loop stood still for more than `over`.
+
+    Time for which this thread was ready to run and the machine ran others does not count.
+    """
+    with path.open("a", buffering=1) as file:
+        watch = Stopwatch()
+        while True:
+            for seconds in (0.0, 0.001):
+                await asyncio.sleep(seconds)
+                lap = watch.lap() - seconds
+                if lap > over:
+                    file.write(f"{time.monotonic():.3f} {lap:.4f}\n")
+                    watch.lap()
