@@ -19,7 +19,9 @@ from agent.images.files import check_space, make_folder, sync_folder, write_file
 from agent.images.manifest import MAX_DOCUMENT, Descriptor, digest_of, parse_descriptor
 
 CHUNK = 1 << 20
-SYNC_EVERY = 64 << 20  # so that a power cut in a long pull costs at most this much of it
+# A power cut in a long pull costs at most this much of it, or what came in this time: a bad link brings little.
+SYNC_EVERY = 64 << 20
+SYNC_SECONDS = 5.0
 REF_NAME = "org.opencontainers.image.ref.name"
 CONTAINERD_NAME = "io.containerd.image.name"
 DAMAGED = "deploy the image again; if it happens again, the disk has faults"
@@ -188,6 +190,8 @@ class Incoming:
         self._hash = hashlib.sha256()
         self.length = 0
         self._unsynced = 0
+        self._synced = time.monotonic()
+        self._named = False  # whether a power cut leaves the file its name
         try:
             self._recall()
         except BaseException:
@@ -211,10 +215,13 @@ class Incoming:
             view = view[self._file.write(view) :]
         self.length += len(chunk)
         self._unsynced += len(chunk)
-        if self._unsynced >= SYNC_EVERY:
+        if self._unsynced >= SYNC_EVERY or time.monotonic() - self._synced >= SYNC_SECONDS:
             os.fdatasync(self._file.fileno())
+            if not self._named:
+                sync_folder(self._path.parent)
+                self._named = True
             check_space(self._path.parent, 0, self._keep_free)
-            self._unsynced = 0
+            self._unsynced, self._synced = 0, time.monotonic()
 
     def restart(self) -> None:
         """Forget what has arrived."""

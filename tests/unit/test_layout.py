@@ -9,6 +9,7 @@ import pytest
 
 from agent.config import ImagesConfig
 from agent.errors import Conflict, InvalidImage, InvalidInput, InvalidModel, NotFound, StorageError
+from agent.images import blobs
 from agent.images.blobs import Incoming, Layout, StoreLayout
 from agent.images.layout import Store
 from agent.images.manifest import Descriptor, digest_of, parse_manifest
@@ -226,6 +227,20 @@ def test_a_half_done_blob_is_gone_on_with_and_lies_about_size_are_found(tmp_path
     with Incoming(layout, Descriptor("x", "sha256:" + "0" * 64, 3), 0) as incoming:
         incoming.write(b"abc")
         assert incoming.complete and not incoming.right
+
+
+def test_what_a_slow_link_brings_is_made_durable_after_a_while(tmp_path, monkeypatch):
+    layout = StoreLayout(tmp_path)
+    layout.create()
+    synced, now = [], 0.0
+    monkeypatch.setattr(blobs.os, "fdatasync", lambda descriptor: synced.append(os.fstat(descriptor).st_size))
+    monkeypatch.setattr(blobs, "sync_folder", lambda folder: synced.append(folder.name))
+    monkeypatch.setattr(blobs.time, "monotonic", lambda: now)
+    with Incoming(layout, Descriptor("x", "sha256:" + "0" * 64, 100), 0) as incoming:
+        for second in range(13):
+            now = float(second)
+            incoming.write(b"12345")
+    assert synced == [30, "partial", 55]
 
 
 def test_a_layout_that_is_none(tmp_path):
