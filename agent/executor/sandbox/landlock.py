@@ -117,7 +117,8 @@ def _python() -> Iterator[str]:
     for root in roots:
         yield os.path.join(root, "lib")
     for entry in sys.path:  # not a checkout's own folder, in which there may be anything
-        if any(entry.startswith(root) and entry != root.rstrip("/") for root in roots):
+        own = any(entry.startswith(root) and entry != root.rstrip("/") for root in roots)
+        if own or os.path.basename(entry) in ("site-packages", "dist-packages"):
             yield entry
     for package in ("agent", "drivers"):
         found = find_spec(package)
