@@ -74,6 +74,8 @@ class Host:
             settings,
         )
         self.process: subprocess.Popen[bytes] | None = None
+        self.prefix: tuple[str, ...] = ()
+        """What its command line begins with, for a namespace to run in."""
         self.address = ""
         self.log = folder / "slotd.log"
         self.hold = folder / "hold"
@@ -111,9 +113,10 @@ class Host:
     ) -> Host:
         """Starts it; ready when systemd would be told so.
 
-        `kill_at`: SIGKILLs itself when that phase is journaled; `hold_at`: stays in it until `let_go`.
+        `kill_at`: SIGKILLs itself when that phase is journaled; `hold_at`: stays in it until `let_go`;
+        "asked" stays in the phase that `hold_in` names.
         """
-        if hold_at:
+        if hold_at and hold_at != "asked":
             self.hold.touch()
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "config.yaml"
@@ -126,7 +129,7 @@ class Host:
         self.told = []
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, str(RUNNER), str(path), kill_at or ""],
+                [*self.prefix, sys.executable, str(RUNNER), str(path), kill_at or ""],
                 env={
                     **os.environ,
                     "NOTIFY_SOCKET": str(notify),
@@ -169,6 +172,10 @@ class Host:
                 raise AssertionError(f"slotd ended with {self.process.returncode}:\n{self.tail()}")
             time.sleep(0.005)
         raise AssertionError(f"slotd was not ready:\n{self.tail()}")
+
+    def hold_in(self, phase: str) -> None:
+        """Of a host that was started with hold_at="asked"."""
+        self.hold.write_text(phase)
 
     def let_go(self) -> None:
         """Deployments that are held go on."""

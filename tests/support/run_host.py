@@ -1,9 +1,9 @@
 """Runs the daemon as `slotd run` does.
 
 With a phase as second argument it kills itself when that phase is journaled; with HOLD_AT=phase in the environment it
-stays in that phase while the file HOLD_WHILE is there; with FRAIL=1 its executors end at an input of 13; with FAIL_WHEN
-a background task fails as soon as that file is there; STOP_BOUND sets how many seconds a stop may take; STALLS is a
-file where it is written when the loop stood still.
+stays in that phase (`asked`: in the one that the file names) while the file HOLD_WHILE is there; LOOK_EVERY sets the
+seconds between two looks at the storage; with FRAIL=1 its executors end at an input of 13; with FAIL_WHEN
+a background task fails as soon as that file is there; STOP_BOUND sets how many seconds a stop may take.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from agent.memory import tune_malloc
 
 tune_malloc()
 
-from agent import daemon  # noqa: E402
+from agent import daemon, storage  # noqa: E402
 from agent.config import read_config  # noqa: E402
 from agent.errors import SlotdError  # noqa: E402
 from agent.executor.client import Launch, launch_model  # noqa: E402
@@ -30,10 +30,6 @@ from agent.slot import installer, residents  # noqa: E402
 from agent.slot.arbiter import Phase  # noqa: E402
 from agent.slot.attempt import Deployment  # noqa: E402
 from agent.slot.deployment import Deployments  # noqa: E402
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from support.stall import record_stalls  # noqa: E402
 
 
 def make_frail() -> None:
@@ -52,10 +48,17 @@ def hold(phase: str, file: Path) -> None:
 
     async def and_wait(self: Deployments, deployment: Deployment, name: Phase) -> None:
         await enter(self, deployment, name)
-        while name.value == phase and file.exists():
+        while name.value == (_content(file) if phase == "asked" else phase) and file.exists():
             await asyncio.sleep(0.01)
 
     Deployments._enter = and_wait  # type: ignore[method-assign]
+
+
+def _content(file: Path) -> str:
+    try:
+        return file.read_text()
+    except FileNotFoundError:
+        return ""
 
 
 def fail_when(file: Path) -> None:
@@ -69,20 +72,6 @@ def fail_when(file: Path) -> None:
     daemon.Daemon._sample = fail  # type: ignore[method-assign,assignment]
 
 
-def watch_stalls(file: Path) -> None:
-    """Each time that the loop stands still is written down."""
-    sample = daemon.Daemon._sample
-
-    async def watched(self: daemon.Daemon, *arguments: Any) -> None:
-        recorder = asyncio.create_task(record_stalls(file), name="stalls")
-        try:
-            await sample(self, *arguments)
-        finally:
-            recorder.cancel()
-
-    daemon.Daemon._sample = watched  # type: ignore[method-assign]
-
-
 def main() -> int:
     if os.environ.get("FRAIL"):
         make_frail()
@@ -90,10 +79,10 @@ def main() -> int:
         hold(os.environ["HOLD_AT"], Path(os.environ["HOLD_WHILE"]))
     if os.environ.get("FAIL_WHEN"):
         fail_when(Path(os.environ["FAIL_WHEN"]))
-    if os.environ.get("STALLS"):
-        watch_stalls(Path(os.environ["STALLS"]))
     if os.environ.get("STOP_BOUND"):
         daemon.STOP_BOUND = float(os.environ["STOP_BOUND"])
+    if os.environ.get("LOOK_EVERY"):
+        storage.EVERY = float(os.environ["LOOK_EVERY"])
     path, phase = Path(sys.argv[1]), sys.argv[2]
     if phase:
         journaled = Journal.phase
