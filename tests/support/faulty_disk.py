@@ -1,4 +1,4 @@
-"""A disk that fails on demand: a file system of the test's own (FUSE, spoken here) that hands everything on to a folder.
+"""A disk that fails on demand: a file system of the test's own (FUSE, spoken here) that hands all on to a folder.
 
 As a program it mounts itself in a mount namespace of its own and serves until it is killed; nothing of it is left then.
 `FaultyDisk` starts it, tells it which faults to make, and says how to start a process that sees it.
@@ -45,8 +45,7 @@ class FaultyDisk:
         self.path.mkdir(exist_ok=True)
         self.control.write_text("[]")
         self._process = subprocess.Popen(
-            ["unshare", "-m", "--propagation", "private", sys.executable, __file__]
-            + [str(self.backing), str(self.path), str(self.control)],
+            ["unshare", "-m", "--propagation", "private", sys.executable, __file__, *map(str, self._folders)],
             stdout=subprocess.PIPE,
         )
         assert self._process.stdout is not None
@@ -58,6 +57,10 @@ class FaultyDisk:
         self._process.kill()
         self._process.wait()
         self._process.stdout.close()
+
+    @property
+    def _folders(self) -> tuple[Path, Path, Path]:
+        return self.backing, self.path, self.control
 
     @property
     def enter(self) -> tuple[str, ...]:

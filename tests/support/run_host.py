@@ -1,9 +1,10 @@
 """Runs the daemon as `slotd run` does.
 
 With a phase as second argument it kills itself when that phase is journaled; with HOLD_AT=phase in the environment it
-stays in that phase (`asked`: in the one that the file names) while the file HOLD_WHILE is there; LOOK_EVERY sets the
-seconds between two looks at the storage; with FRAIL=1 its executors end at an input of 13; with FAIL_WHEN
-a background task fails as soon as that file is there; STOP_BOUND sets how many seconds a stop may take.
+stays in that phase (`asked`: in the one that the file names) while the file HOLD_WHILE is there; with FRAIL=1 its
+executors end at an input of 13; with FAIL_WHEN a background task fails as soon as that file is there; STOP_BOUND sets
+how many seconds a stop may take, LOOK_EVERY how many lie between two looks at the storage; STALLS is a file where it is
+written when the loop stood still.
 """
 
 from __future__ import annotations
@@ -30,6 +31,10 @@ from agent.slot import installer, residents  # noqa: E402
 from agent.slot.arbiter import Phase  # noqa: E402
 from agent.slot.attempt import Deployment  # noqa: E402
 from agent.slot.deployment import Deployments  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from support.stall import record_stalls  # noqa: E402
 
 
 def make_frail() -> None:
@@ -72,6 +77,20 @@ def fail_when(file: Path) -> None:
     daemon.Daemon._sample = fail  # type: ignore[method-assign,assignment]
 
 
+def watch_stalls(file: Path) -> None:
+    """Each time that the loop stands still is written down."""
+    sample = daemon.Daemon._sample
+
+    async def watched(self: daemon.Daemon, *arguments: Any) -> None:
+        recorder = asyncio.create_task(record_stalls(file), name="stalls")
+        try:
+            await sample(self, *arguments)
+        finally:
+            recorder.cancel()
+
+    daemon.Daemon._sample = watched  # type: ignore[method-assign]
+
+
 def main() -> int:
     if os.environ.get("FRAIL"):
         make_frail()
@@ -79,6 +98,8 @@ def main() -> int:
         hold(os.environ["HOLD_AT"], Path(os.environ["HOLD_WHILE"]))
     if os.environ.get("FAIL_WHEN"):
         fail_when(Path(os.environ["FAIL_WHEN"]))
+    if os.environ.get("STALLS"):
+        watch_stalls(Path(os.environ["STALLS"]))
     if os.environ.get("STOP_BOUND"):
         daemon.STOP_BOUND = float(os.environ["STOP_BOUND"])
     if os.environ.get("LOOK_EVERY"):
