@@ -1,12 +1,14 @@
 """Logging: structlog for us, the standard library's loggers through the same pipe, secrets never.
 
-One event a line on standard error: JSON under a service manager, columns on a terminal. What looks like a secret is
-replaced before anything is written, by the name of its field or by its form inside a text.
+One event a line on standard error: JSON under a service manager, columns on a terminal. Where the journal reads, a
+line begins with its priority, as sd-daemon(3) has it. What looks like a secret is replaced before anything is written,
+by the name of its field or by its form inside a text.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 from collections.abc import Mapping
@@ -15,6 +17,7 @@ from typing import Any, TextIO
 import structlog
 
 from agent.config import LogConfig
+from agent.scope import ids
 
 HIDDEN = "***"
 _NAMES = re.compile(
@@ -27,6 +30,7 @@ _FORMS = (
     (re.compile(r"\b(sig|SharedAccessKey|password|passwd|token)=[^\s&;,'\"]+", re.IGNORECASE), rf"\1={HIDDEN}"),
     (re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL), HIDDEN),
 )
+_PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
 # Libraries that tell every step at INFO; their warnings still come through.
 _QUIET = ("amqtt", "transitions", "passlib", "httpx", "httpcore", "grpc", "asyncio", "watchdog", "PIL")
 
@@ -36,8 +40,9 @@ def configure(config: LogConfig, *, stream: TextIO | None = None) -> None:
     out = stream or sys.stderr
     console = config.format == "console" or (config.format == "auto" and out.isatty())
     level = logging.getLevelNamesMapping()[config.level.upper()]
+    journal = not console and goes_to_journal(out)
     shared: list[Any] = [
-        structlog.contextvars.merge_contextvars,
+        add_ids,
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
@@ -62,8 +67,9 @@ def configure(config: LogConfig, *, stream: TextIO | None = None) -> None:
         cache_logger_on_first_use=False,
     )
     handler = logging.StreamHandler(out)
+    formatter = _Prioritised if journal else structlog.stdlib.ProcessorFormatter
     handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(
+        formatter(
             foreign_pre_chain=shared,
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
         )
@@ -76,6 +82,28 @@ def configure(config: LogConfig, *, stream: TextIO | None = None) -> None:
     for name in _QUIET:
         logging.getLogger(name).setLevel(logging.NOTSET if level == logging.DEBUG else logging.WARNING)
     logging.captureWarnings(capture=True)
+
+
+class _Prioritised(structlog.stdlib.ProcessorFormatter):
+    """Lines with the priority of their level in front."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        priority = next((number for level, number in _PRIORITIES if record.levelno >= level), 7)
+        return f"<{priority}>{super().format(record)}"
+
+
+def goes_to_journal(stream: TextIO) -> bool:
+    """Whether a stream is the one that systemd has connected to the journal (JOURNAL_STREAM, systemd.exec(5))."""
+    try:
+        found = os.fstat(stream.fileno())
+    except (OSError, ValueError):
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
+
+
+def add_ids(_logger: Any, _method: str, event: dict[str, Any]) -> dict[str, Any]:
+    """structlog processor: the deployment and the request that the line belongs to, unless it names another."""
+    return {**ids(), **event}
 
 
 def redact(_logger: Any, _method: str, event: dict[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from agent.commands.host import Host
 from agent.commands.table import Actor, Arguments, Table, check
 from agent.commands.unix import listen, peer_of
 from agent.errors import InvalidInput, Overloaded, SlotdError, Unavailable
+from agent.groups import ADMIN
 
 __all__ = ["AdminClient", "AdminServer"]
 
@@ -33,7 +34,6 @@ log = structlog.get_logger(__name__)
 MAX_LINE = 1 << 20
 _SHAPE = 'send {"id": 1, "command": "status", "arguments": {}} on one line'
 CONNECTIONS = 32
-GROUP = "slotd-admin"
 IDLE = 60.0
 """Seconds without a request after which a connection gives its place to a new one, if all are taken."""
 SLOW = 10.0
@@ -66,7 +66,7 @@ class AdminServer:
     """Serves the table at `path`. `start`, then `close`."""
 
     def __init__(
-        self, path: Path, table: Table, host: Host, *, connections: int = CONNECTIONS, group: str | None = GROUP
+        self, path: Path, table: Table, host: Host, *, connections: int = CONNECTIONS, group: str | None = ADMIN
     ) -> None:
         """At most `connections` at a time; the socket is given to `group` if there is one of that name."""
         self.path = path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import grp
 import os
 import socket
 import stat
@@ -11,12 +10,9 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import structlog
-
 from agent.commands.path import check_path
 from agent.errors import Conflict, StorageError
-
-log = structlog.get_logger(__name__)
+from agent.groups import give
 
 
 @dataclass(frozen=True)
@@ -57,7 +53,8 @@ def listen(path: Path, *, mode: int = 0o660, group: str | None = None, backlog: 
             finally:
                 os.close(folder)
             new = Path(private, "new")
-            _give(new, group)
+            if group is not None:
+                give(new, group)
             new.chmod(mode)
             listener.listen(backlog)
             new.rename(path)
@@ -93,14 +90,3 @@ def _check_free(path: Path) -> None:
         field=str(path),
         hint="stop it first, or give this one its own run_dir",
     )
-
-
-def _give(path: Path, group: str | None) -> None:
-    if group is None:
-        return
-    try:
-        os.chown(path, -1, grp.getgrnam(group).gr_gid)
-    except KeyError:
-        log.info("no such group: the socket keeps our own", group=group)
-    except PermissionError as error:
-        log.warning("the socket could not be given to its group", group=group, error=str(error))

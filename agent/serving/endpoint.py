@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agent.errors import Conflict, InvalidConfig, StorageError
+from agent.groups import CLIENTS, give
 
 _SOCKET_MODE = 0o660
 _LONGEST_PATH = 107
@@ -81,6 +82,7 @@ class UnixSocket:
     def publish(self) -> tuple[int, int]:
         """Let clients reach it, in place of a stale one; returns what `withdraw` needs. Blocks."""
         try:
+            give(self.draft, CLIENTS)
             self.draft.chmod(_SOCKET_MODE)
             mark = self.draft.stat()
             self.draft.rename(self.path)

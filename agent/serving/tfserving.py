@@ -6,7 +6,8 @@ No model knowledge: tensor names go to the dataplane as they came, and its answe
 from __future__ import annotations
 
 import asyncio
-import uuid
+import itertools
+import os
 from collections.abc import Awaitable
 from typing import Any, NoReturn
 
@@ -15,6 +16,7 @@ import structlog
 
 from agent.errors import DeadlineExceeded, InvalidInput, NotFound, Overloaded, SlotdError, Unavailable
 from agent.model.signature import DType, Strings, dtype_of
+from agent.scope import scope
 from agent.serving.dataplane import Answer, Dataplane, Request
 from agent.serving.encode import SIGNATURE_NAME, encode_response
 from agent.serving.parse import LARGE, Parser
@@ -25,6 +27,8 @@ log = structlog.get_logger(__name__)
 SERVICE = "tensorflow.serving.PredictionService"
 SLOW_ELEMENTS = 32_768
 """Strings and integers that are encoded on the loop; more of them are encoded in a thread."""
+_RUN = os.urandom(3).hex()
+_numbers = itertools.count(1)
 MAX_TEXT = 1000
 """Bytes of each text of an error: clients take 8 KiB of headers, and a byte beyond ASCII becomes three."""
 
@@ -85,18 +89,18 @@ class PredictionService(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpcio
 
 async def answered(context: grpc.aio.ServicerContext, answer: Awaitable[bytes]) -> bytes:
     """The answer, its errors as gRPC statuses. What nobody foresaw is logged, and told without its details."""
-    try:
-        return await answer
-    except SlotdError as error:
-        if error.grpc == "INTERNAL":
-            log.error("request_failed", code=error.code, error=str(error), peer=context.peer())
-        await _abort(context, error)
-    except Exception:
-        number = uuid.uuid4().hex[:12]
-        log.exception("request_failed", request_id=number, peer=context.peer())
-        await _abort(
-            context, SlotdError(f"an error inside slotd; its log has request {number}"), ("slotd-request-id", number)
-        )
+    number = f"{_RUN}-{next(_numbers)}"
+    with scope(request=number):
+        try:
+            return await answer
+        except SlotdError as error:
+            if error.grpc == "INTERNAL":
+                log.error("request_failed", code=error.code, error=str(error), peer=context.peer())
+            await _abort(context, error)
+        except Exception:
+            log.exception("request_failed", peer=context.peer())
+            told = SlotdError(f"an error inside slotd; its log has request {number}")
+            await _abort(context, told, ("slotd-request-id", number))
 
 
 async def _abort(context: grpc.aio.ServicerContext, error: SlotdError, *more: tuple[str, str]) -> NoReturn:

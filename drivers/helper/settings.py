@@ -13,6 +13,8 @@ from typing import Any
 
 PATH = Path("/etc/slotd/slot-helper.toml")
 MAX_SETTINGS = 64 << 10
+OWNER = 0
+"""Who must have written what it goes by: root."""
 VERBS = ("clear_errors", "function_reset", "load", "apply_overlay", "remove_overlay")
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 _PARTS = {
@@ -89,7 +91,7 @@ def read_trusted(path: Path, most: int) -> bytes:
         raise BadSettings(f"{path}: {error.strerror}") from None
     with os.fdopen(number, "rb") as file:
         found = os.fstat(number)
-        if not stat.S_ISREG(found.st_mode) or found.st_uid != 0 or found.st_mode & 0o022:
+        if not stat.S_ISREG(found.st_mode) or found.st_uid != OWNER or found.st_mode & 0o022:
             raise BadSettings(f"{path} must be a file that belongs to root and that nobody else may write")
         data = file.read(most + 1)
     if len(data) > most:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ import structlog
 
 from agent import logs
 from agent.config import LogConfig
+from agent.scope import scope
 
 
 @pytest.fixture(autouse=True)
@@ -103,3 +106,46 @@ def test_what_is_no_secret_stays() -> None:
         3,
         None,
     )
+
+
+def test_lines_carry_the_ids_in_force() -> None:
+    out = io.StringIO()
+    logs.configure(LogConfig(), stream=out)
+    with scope(deployment="d-1", request="r-1"):
+        structlog.get_logger("agent.slot").info("drain")
+        logging.getLogger("somebody").warning("slow")
+        structlog.get_logger("agent.slot").info("another", deployment="d-2")
+    structlog.get_logger("agent.slot").info("later")
+    ours, theirs, another, later = _json(out)
+    for line in (ours, theirs):
+        assert (line["deployment"], line["request"]) == ("d-1", "r-1")
+    assert another["deployment"] == "d-2"
+    assert "deployment" not in later
+
+
+def test_the_journal_is_told_the_priority(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (tmp_path / "stream").open("w+") as out:
+        found = os.fstat(out.fileno())
+        monkeypatch.setenv("JOURNAL_STREAM", f"{found.st_dev}:{found.st_ino}")
+        logs.configure(LogConfig(level="debug"), stream=out)
+        log = structlog.get_logger("agent.slot")
+        for level in ("debug", "info", "warning", "error", "critical"):
+            getattr(log, level)("said")
+        try:
+            raise ValueError("two\nlines")
+        except ValueError:
+            log.exception("fault")
+        out.seek(0)
+        lines = out.read().splitlines()
+    assert [line[:3] for line in lines] == ["<7>", "<6>", "<4>", "<3>", "<2>", "<3>"]
+    assert all(json.loads(line[3:])["logger"] == "agent.slot" for line in lines)
+    assert "two" in json.loads(lines[-1][3:])["exception"]
+
+
+def test_a_file_beside_the_journal_is_told_no_priority(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JOURNAL_STREAM", "8:12345678")
+    with (tmp_path / "stream").open("w+") as out:
+        logs.configure(LogConfig(), stream=out)
+        structlog.get_logger("agent.slot").info("said")
+        out.seek(0)
+        assert out.read().startswith("{")
