@@ -33,7 +33,11 @@ from agent.images.source import ImageSource
 from agent.journal.database import Journal
 from agent.journal.lock import take_lock
 from agent.journal.outbox import Outbox
+from agent.link.keeper import LinkKeeper
 from agent.link.mqtt import Link
+from agent.logs import configure as configure_logs
+from agent.reload.reloader import Reloader
+from agent.reload.source import Loaded
 from agent.service import Watchdog, notify_ready, notify_status, notify_stopping
 from agent.serving.dataplane import Dataplane
 from agent.serving.listen import GrpcServer
@@ -145,11 +149,14 @@ class Teller:
 class Daemon:
     """One slotd. `run` returns the exit code."""
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    def __init__(self, loaded: Loaded) -> None:
+        self.loaded = loaded
+        self.config = loaded.config
+        """As it was at the start; the Reloader knows what is in force."""
         self.boot_id = _boot_id()
         self.stop_asked = asyncio.Event()
         self.ready = asyncio.Event()
+        self.hung_up = asyncio.Event()
         self.host: SlotHost | None = None
         self.taken_back: TakenBack | None = None
 
@@ -158,6 +165,7 @@ class Daemon:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled)
+        loop.add_signal_handler(signal.SIGHUP, self.hung_up.set)
         asked = asyncio.create_task(self.stop_asked.wait(), name="stop-asked")
         fault: BaseException | None = None
         async with AsyncExitStack() as stack:
@@ -257,17 +265,36 @@ class Daemon:
         server = GrpcServer(config.serving, config.run_dir, dataplane)
         admin = AdminServer(config.run_dir / "admin.sock", table, host)
         host.listen = await server.start()
-        stack.push_async_callback(server.stop, config.serving.grace)
+        stack.push_async_callback(server.stop)
         stack.push_async_callback(self._note_stop, journal)
         await admin.start()
         stack.push_async_callback(admin.close)
         stack.push_async_callback(deployments.stop)
-        link = Link(config, table, host, journal, outbox, issues, self.boot_id)
+        link = host.link = LinkKeeper(
+            config, lambda now: Link(now, table, host, journal, outbox, issues, self.boot_id), issues
+        )
         arbiter.on_change = _both(dataplane.changed, link.changed)
-        if config.link.enabled:
-            host.link = link
-            tasks.spawn(link.run(), "link")
-            stack.push_async_callback(link.close, 3.0)
+        tasks.spawn(link.run(), "link")
+        stack.push_async_callback(link.close, 3.0)
+
+        def apply(now: Config) -> None:
+            """Another configuration is in force: every part that goes by it hears of it, in this order."""
+            configure_logs(now.log)
+            outbox.reconfigure(now.link.outbox_events)
+            storage.keep_free = now.images.keep_free
+            images.reconfigure(now)
+            residents.reconfigure(now)
+            trials.reconfigure(now.serving.poison_memory)
+            installer.reconfigure(now)
+            recovery.reconfigure(now)
+            deployments.reconfigure(now)
+            server.reconfigure(now.serving)
+            dataplane.reconfigure(now.serving)
+            arbiter.continuity = Continuity(now.swap.continuity)
+            dataplane.changed()
+            link.reconfigure(now)
+
+        reloader = host.reloader = Reloader(self.loaded, apply, issues, teller.tell, self.hung_up)
 
         host.restart_gap = await _gap(journal)
         notify_ready()
@@ -278,6 +305,7 @@ class Daemon:
             (recovery.self_test(), "self-test"),
             (storage.run(deployments, arbiter, residents, recovery), "storage"),
             (deployments.resume(), "resume"),
+            (reloader.run(), "config"),
         ):  # they hold the slot, so they end before anything that they need is taken away
             stack.push_async_callback(_end, tasks.spawn(work, name))
         stack.push_async_callback(server.lame_duck)  # first of all: nobody is sent here any more
@@ -296,7 +324,7 @@ class Daemon:
         except SlotdError as error:
             log.warning("stop_not_journaled", error=str(error))
 
-    async def _sample(self, host: SlotHost, issues: Issues, link: Link) -> None:
+    async def _sample(self, host: SlotHost, issues: Issues, link: LinkKeeper) -> None:
         """The slot's sensors, and what the state means for the operator."""
         while True:
             host.health = await host.installer.read_health()
@@ -334,11 +362,11 @@ class Daemon:
         self.stop_asked.set()
 
 
-def run(config: Config) -> int:
+def run(loaded: Loaded) -> int:
     """One daemon in a loop of its own, until it is told to stop; the exit code. Raises what `Daemon.run` does."""
     withhold_memory()  # its keys and its clients' data are not for its children
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(Daemon(config).run())
+        return runner.run(Daemon(loaded).run())
 
 
 def _make_folders(config: Config) -> None:

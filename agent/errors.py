@@ -6,6 +6,7 @@ Each class maps once to a gRPC status, an HTTP status and an exit code (sysexits
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 
@@ -64,9 +65,25 @@ class InvalidInput(SlotdError):
 
 
 class InvalidConfig(InvalidInput):
-    """The configuration cannot be used."""
+    """The configuration cannot be used. `faults`: each field at fault and why; the message has the first."""
 
     code, exit = "CONFIG_INVALID", 78
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        faults: Iterable[tuple[str, str]] = (),
+        hint: str | None = None,
+        field: str | None = None,
+        retry_after: float | None = None,
+        code: str | None = None,
+    ) -> None:
+        super().__init__(message, hint=hint, field=field, retry_after=retry_after, code=code)
+        self.faults = tuple(faults) or ((field or "", message),)
+
+    def as_dict(self) -> dict[str, Any]:
+        return super().as_dict() | {"faults": [{"field": field, "message": text} for field, text in self.faults]}
 
 
 class InvalidModel(InvalidInput):
@@ -225,13 +242,16 @@ def revive(document: dict[str, Any]) -> SlotdError:
     category = str(document.get("category", code))
     kind = _BY_CODE.get(category) or (SlotError if code in SLOT_CODES else ExecutorError)
     retry = document.get("retry_after")
-    return kind(
+    error = kind(
         str(document.get("message", "no message")),
         hint=document.get("hint"),
         field=document.get("field"),
         retry_after=float(retry) if retry is not None else None,
         code=code,
     )
+    if isinstance(error, InvalidConfig) and document.get("faults"):
+        error.faults = tuple((str(one.get("field", "")), str(one.get("message", ""))) for one in document["faults"])
+    return error
 
 
 SLOT_CODES = frozenset(

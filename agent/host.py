@@ -11,10 +11,12 @@ from typing import Any, Protocol
 from agent import __version__
 from agent.commands.table import Actor
 from agent.config import Config
+from agent.errors import Unavailable
 from agent.executor.client import Worker
 from agent.health.confinement import Confinement, examine
 from agent.journal.boot import ModelRef
 from agent.model.wish import Wish
+from agent.reload.reloader import Reloader
 from agent.serving.dataplane import Dataplane
 from agent.slot.arbiter import Arbiter, HostState
 from agent.slot.deployment import Deployments
@@ -53,6 +55,7 @@ class SlotHost:
         self.deployments = deployments
         self.issues = issues
         self.link: LinkState | None = None
+        self.reloader: Reloader | None = None
         self.listen: list[str] = []
         self.health = SlotHealth()
         self.restart_gap: float | None = None
@@ -74,6 +77,7 @@ class SlotHost:
             "host": arbiter.host.value,
             "reason": trouble.as_dict() if trouble else None,
             "embedded": self.config.embedded,
+            "config": self.reloader.describe() if self.reloader else None,
             "slot": self._slot(),
             "committed": _ref(boot.committed),
             "previous": _ref(boot.previous),
@@ -102,6 +106,11 @@ class SlotHost:
 
     async def rollback(self, actor: Actor) -> dict[str, Any]:
         return {"task": (await self.deployments.rollback(str(actor))).id}
+
+    async def reload(self, actor: Actor) -> dict[str, Any]:
+        if self.reloader is None:
+            raise Unavailable("slotd is starting", retry_after=1.0)
+        return await self.reloader.reload(actor)
 
     async def cancel(self, task: str | None, actor: Actor) -> dict[str, Any]:
         return {"task": (await self.deployments.cancel(task, str(actor))).id}

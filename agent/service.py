@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import time
 from collections.abc import Callable
 
 MAX_STATUS = 1000
@@ -36,6 +37,11 @@ def notify_ready(text: str = "") -> bool:
     if text:
         lines.append(f"STATUS={_line(text)}")
     return notify("\n".join(lines), wait=1.0)
+
+
+def notify_reloading() -> bool:
+    """Tell that the configuration is being read again; `notify_ready` tells that this is over."""
+    return notify(f"RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}", wait=0.1)
 
 
 def notify_status(text: str) -> bool:

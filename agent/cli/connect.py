@@ -26,19 +26,24 @@ def load_config(path: Path | None, *, embedded: bool = False) -> Config:
 def nearby_config(path: Path | None) -> Config | None:
     """The configuration of the daemon on this host, to find its sockets. Raises InvalidConfig for a path that is given.
 
-    Nothing at the default path, or nothing that we may read, is no error: the sockets are looked for in their default
-    place.
+    Of one that is invalid its run_dir counts, if it has one. Nothing at the default path, or nothing that we may read,
+    is no error: the sockets are looked for in their default place.
     """
-    from agent.config import DEFAULT_PATH, read_config
+    from agent.config import DEFAULT_PATH, Config, read_config
     from agent.errors import InvalidConfig
+    from agent.reload.source import glance
 
-    if path is not None:
-        return read_config(path, embedded=True)
-    if not os.path.exists(DEFAULT_PATH):
+    if path is None and not os.path.exists(DEFAULT_PATH):
         return None
     try:
-        return read_config(DEFAULT_PATH, embedded=True)
+        return read_config(path or DEFAULT_PATH, embedded=True)
     except InvalidConfig:
+        # The daemon may well run, with the one before.
+        run_dir = glance(path or DEFAULT_PATH).get("run_dir")
+        if isinstance(run_dir, str):
+            return Config(embedded=True, run_dir=Path(run_dir))
+        if path is not None:
+            raise
         return None
 
 

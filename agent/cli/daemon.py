@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,6 +13,11 @@ from agent.cli.output import console, emit, plain, seconds, size
 if TYPE_CHECKING:
     from agent.config import Config
 
+WHEN = {
+    "now": "on a reload",
+    "new executors": "on a reload, for executors that start after it",
+    "restart": "at the next start",
+}
 EmbeddedOption = Annotated[
     bool, typer.Option("--embedded", help="Allow the simulated slot, and a broker inside slotd if link.host is empty.")
 ]
@@ -21,39 +27,50 @@ EmbeddedOption = Annotated[
 def run(config: ConfigOption = None, embedded: EmbeddedOption = False) -> None:
     """Run the daemon, in the foreground, until SIGTERM.
 
-    Without a configuration it ends with 78; with --embedded it then takes the defaults.
+    Without a valid configuration it takes the last one that came up; without that too, it ends with 78. With --embedded
+    and no file at all it takes the defaults.
     """
     from agent.memory import tune_malloc
 
     tune_malloc()  # before anything large is imported
-    from agent.cli.connect import load_config
     from agent.logs import configure
+    from agent.reload.source import load
 
-    found = load_config(config, embedded=embedded)
-    configure(found.log)
+    loaded = load(config, embedded=embedded)
+    configure(loaded.config.log)
     from agent import daemon
 
-    raise typer.Exit(daemon.run(found))
+    raise typer.Exit(daemon.run(loaded))
 
 
 @app.command(rich_help_panel=HOST)
-def check(config: ConfigOption = None, embedded: EmbeddedOption = False, as_json: JsonOption = False) -> None:
+def check(
+    config: ConfigOption = None,
+    embedded: EmbeddedOption = False,
+    fields: Annotated[bool, typer.Option("--fields", help="List every field.")] = False,
+    as_json: JsonOption = False,
+) -> None:
     """Check the configuration and say what `slotd run` would do with it.
 
-    Touches nothing. Ends with 0, or with 78 and the field that is wrong.
+    Touches nothing. Ends with 0, or with 78 and every field that is wrong. --fields lists each field, its value and
+    when a change of it takes effect.
     """
     from agent.cli.connect import load_config
-    from agent.config import DEFAULT_PATH
-    from agent.errors import InvalidConfig
+    from agent.config import DEFAULT_PATH, EFFECTS
+    from agent.reload.changes import values
+    from agent.reload.source import check_driver
     from drivers import make
 
     found = load_config(config, embedded=embedded)
-    try:
-        driver = make(found.slot.driver, found.driver_options)
-    except ValueError as error:
-        raise InvalidConfig(str(error), field=f"{config or DEFAULT_PATH}: slot") from None
+    check_driver(found, str(config or DEFAULT_PATH))
+    driver = make(found.slot.driver, found.driver_options)
+    effects = {name: effect.value for name, effect in EFFECTS.items()}
     if as_json:
-        emit({"valid": True, "config": found.model_dump(mode="json")})
+        emit({"valid": True, "config": found.model_dump(mode="json"), "effect": effects})
+        return
+    if fields:
+        shown = values(found)
+        show_fields([(name, json.dumps(shown[name]), effect) for name, effect in effects.items()])
         return
     from rich.table import Table
 
@@ -62,6 +79,18 @@ def check(config: ConfigOption = None, embedded: EmbeddedOption = False, as_json
     table.add_column(overflow="fold")
     for name, value in _plan(found, simulated=driver.simulated):
         table.add_row(name, plain(value))
+    console().print(table)
+
+
+def show_fields(rows: list[tuple[str, str, str]]) -> None:
+    """Field, value, when a change takes effect."""
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 3, 0, 0), header_style="bold", pad_edge=False)
+    for title in ("field", "value", "a change takes effect"):
+        table.add_column(title, overflow="fold")
+    for name, value, effect in rows:
+        table.add_row(name, plain(value), WHEN[effect])
     console().print(table)
 
 

@@ -46,7 +46,9 @@ def show_error(error: SlotdError) -> None:
     from rich.text import Text
 
     out = console(stderr=True)
-    out.print(Text.assemble(("error: ", "bold red"), plain(str(error))), soft_wrap=True)
+    several = [f"{field}: {message}" if field else message for field, message in getattr(error, "faults", ())]
+    for words in several if len(several) > 1 else [str(error)]:
+        out.print(Text.assemble(("error: ", "bold red"), plain(words)), soft_wrap=True)
     if error.hint:
         out.print(Text.assemble(("hint: ", "bold cyan"), plain(error.hint)), soft_wrap=True)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 # isort: off
 import agent.cli.daemon
 import agent.cli.status
+import agent.cli.reload
 import agent.cli.doctor
 import agent.cli.deploy
 import agent.cli.predict

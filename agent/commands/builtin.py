@@ -75,6 +75,9 @@ def build_table(host: Host) -> Table:
     async def cancel(which: Cancel, actor: Actor) -> dict[str, Any]:
         return await host.cancel(which.task, actor)
 
+    async def reload(_: Nothing, actor: Actor) -> dict[str, Any]:
+        return await host.reload(actor)
+
     async def task(which: OneTask, actor: Actor) -> dict[str, Any]:
         return await host.task(which.task)
 
@@ -87,6 +90,7 @@ def build_table(host: Host) -> Table:
         ("undeploy", True, Nothing, undeploy, "Takes the model out of the slot; the host boots empty."),
         ("rollback", True, Nothing, rollback, "Calls off the deployment in hand, or goes back to the previous model."),
         ("cancel", True, Cancel, cancel, "Calls off a deployment."),
+        ("reload", True, Nothing, reload, "Reads the configuration again and says what has changed."),
         ("task", False, OneTask, task, "How a deployment stands, or how it ended."),
     ):
         table.add(Command(name, text, arguments, changes, run))

@@ -27,6 +27,9 @@ class Host(Protocol):
     async def rollback(self, actor: Actor) -> dict[str, Any]:
         """Calls off the deployment in hand, or deploys the previous model: `task`."""
 
+    async def reload(self, actor: Actor) -> dict[str, Any]:
+        """Reads the configuration again: `changed`, `pending`. Raises InvalidConfig with every fault."""
+
     async def cancel(self, task: str | None, actor: Actor) -> dict[str, Any]:
         """Calls off a deployment, None for the one that waits, else the one that runs: `task`."""
 

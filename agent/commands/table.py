@@ -73,7 +73,7 @@ class Table:
         """Raises NotFound, naming commands with a similar name."""
         command = self._commands.get(name)
         if command is None:
-            near = difflib.get_close_matches(name[:64], self._commands, n=3, cutoff=0.5)
+            near = difflib.get_close_matches(name[:64], self._commands, n=3, cutoff=0.55)
             raise NotFound(
                 f"there is no command {_shown(name)}",
                 field="command",

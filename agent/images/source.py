@@ -28,6 +28,11 @@ class ImageSource:
         self._writing = asyncio.Lock()
         self._mending: asyncio.Task[None] | None = None
 
+    def reconfigure(self, config: Config) -> None:
+        """Another configuration is in force, for pulls from now on."""
+        self.config = config
+        self.store.limits = config.images
+
     async def open(self) -> None:
         """Makes the store ready. Raises StorageError."""
         await self.store.open()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from agent.errors import InvalidInput
@@ -37,6 +38,10 @@ class Outbox:
         self._grown = asyncio.Event()
         self._highest = 0
         self._note(journal.waiting_at_open)
+
+    def reconfigure(self, max_events: int) -> None:
+        """How many may wait from now on; too many that do are dropped with the next one."""
+        self._bounds = replace(self._bounds, events=max_events)
 
     async def append(self, kind: str, document: Mapping[str, Any]) -> int:
         """Stores an event; its seq. `kind`, and `ts` (now) if there is none, are added. Raises StorageError, and

@@ -128,6 +128,12 @@ class Link:
         self._wishes.status_changed()
         self._outgoing.report()
 
+    def reconfigure(self, config: Config) -> None:
+        """Another configuration is in force whose `link` is the same; with another one there is another Link."""
+        self._config = config
+        self._wishes.reconfigure(config.swap.min_interval)
+        self._outgoing.reconfigure(config)
+
     # --- life ---------------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:

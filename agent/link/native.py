@@ -333,7 +333,7 @@ def answer_document(
 
 
 def error_document(error: SlotdError) -> dict[str, Any]:
-    """An error as MQTT carries it: all four of code, message, hint, field, and retry_after where there is one."""
+    """An error as MQTT carries it: all of code, message, hint and field; retry_after and faults where there are."""
     return {"code": error.code, "message": error.message, "hint": error.hint, "field": error.field} | (
-        {"retry_after": error.retry_after} if error.retry_after is not None else {}
+        {key: value for key, value in error.as_dict().items() if key in ("retry_after", "faults")}
     )

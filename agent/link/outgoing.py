@@ -59,7 +59,7 @@ class Outgoing:
         self._issues = issues
         self._samplers = samplers
         self._boot_id = boot_id
-        self._revision = hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:16]
+        self._revision = _revision(config)
         self._status: Mapping[str, Any] | None = None
         self._status_wrong = asyncio.Event()
         self._to_report = asyncio.Event()
@@ -70,6 +70,12 @@ class Outgoing:
         self._ended = False
 
     # --- what the link asks for ---------------------------------------------------------------------------------------
+
+    def reconfigure(self, config: Config) -> None:
+        """Another configuration is in force, which `reported` names."""
+        self._config = config
+        self._revision = _revision(config)
+        self.report()
 
     def report(self) -> None:
         """What `reported` says may have changed."""
@@ -236,3 +242,7 @@ class Outgoing:
                 await self._outbox.wait(after)
             if refused:
                 free_at = time.monotonic() + REFUSED_AGAIN
+
+
+def _revision(config: Config) -> str:
+    return hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:16]

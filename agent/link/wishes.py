@@ -73,6 +73,10 @@ class Wishes:
         self._settle_until = 0.0
         self._not_before = 0.0
 
+    def reconfigure(self, min_interval: float) -> None:
+        """Another interval is in force, from the next start on."""
+        self._min_interval = min_interval
+
     async def open(self) -> None:
         """Remembers the wish of the last run."""
         try:

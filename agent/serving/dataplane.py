@@ -157,6 +157,12 @@ class Dataplane:
     _arrivals: float = 0.0
     _arrived: float = 0.0
 
+    def reconfigure(self, config: ServingConfig) -> None:
+        """Another configuration is in force, for requests from now on."""
+        self.config = config
+        self.admission.max_queue = config.max_queue
+        self.admission.max_wait = config.max_wait
+
     # --- for those who seat executors ---------------------------------------------------------------------------------
 
     def seat(self, seat: Seat, *, on: On, service: float) -> None:

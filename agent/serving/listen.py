@@ -23,6 +23,8 @@ MAX_CONNECTIONS = 256
 HELD_MESSAGES = 16
 """How many requests of the largest size may be in hand at one time."""
 MAX_METADATA = 16 << 10
+LARGER_QUEUE = 1024
+"""As many requests may wait after a reload: gRPC's own bound is set once."""
 
 
 class GrpcServer:
@@ -37,6 +39,10 @@ class GrpcServer:
         self._health: health.Health | None = None
         self._socket: endpoint.UnixSocket | None = None
         self._mark: tuple[int, int] | None = None
+
+    def reconfigure(self, config: ServingConfig) -> None:
+        """Another configuration is in force; its addresses and bounds of messages and streams are as at the start."""
+        self._config = config
 
     async def start(self) -> list[str]:
         """Listen; returns the addresses as gRPC clients write them.
@@ -55,12 +61,13 @@ class GrpcServer:
             self._health.lame_duck()
             await asyncio.sleep(self._config.lame_duck)
 
-    async def stop(self, grace: float) -> None:
-        """New requests are refused at once; those in flight get `grace` seconds, then they are cancelled."""
+    async def stop(self, grace: float | None = None) -> None:
+        """New requests are refused at once; those in flight get `grace` seconds (None: `serving.grace`), then they are
+        cancelled."""
         if self._health is not None:
             self._health.close()
         if self._server is not None:
-            await self._server.stop(grace)
+            await self._server.stop(self._config.grace if grace is None else grace)
         if self._socket is not None:
             await asyncio.to_thread(self._socket.withdraw, self._mark)
         await self._parser.close()
@@ -100,7 +107,7 @@ class GrpcServer:
 
     def _most_calls(self) -> int:
         """Calls at one time over all connections, health watches included; gRPC refuses more before it reads them."""
-        return self._config.max_queue + 2 * self._config.grpc.max_streams
+        return max(self._config.max_queue, LARGER_QUEUE) + 2 * self._config.grpc.max_streams
 
     def _options(self) -> list[tuple[str, int]]:
         config = self._config.grpc

@@ -71,6 +71,10 @@ class Trials:
         self.tried = 0
         self.found = 0
 
+    def reconfigure(self, memory: float) -> None:
+        """For how many seconds a request is refused that is found out from now on."""
+        self._memory = memory
+
     async def known(self, digest: str, inputs: Mapping[str, Tensor]) -> SlotdError | None:
         """The error for bytes that ended two executors of this model lately; None for all others."""
         if not self._poison:

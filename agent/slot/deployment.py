@@ -113,6 +113,10 @@ class Deployments:
         self._cut_off: list[dict[str, Any]] = []
         self._watchers: set[asyncio.Event] = set()
 
+    def reconfigure(self, config: Config) -> None:
+        """Another configuration is in force; the deployment in hand goes by it from its next phase on."""
+        self.config = config
+
     # --- what commands ask --------------------------------------------------------------------------------------------
 
     async def deploy(self, wish: Wish, actor: str, *, fresh: bool = False) -> Deployment:

@@ -71,6 +71,10 @@ class Installer:
         self._record_holds = True
         self._asked: dict[str, asyncio.Future[Any]] = {}
 
+    def reconfigure(self, config: Config) -> None:
+        """Another configuration is in force; what runs keeps its timeouts."""
+        self.config = config
+
     async def check(self, model: Model) -> None:
         """Whether the driver takes the model's bitstream; the slot is not touched. Raises Refused, SlotError."""
         section = model.spec.slot

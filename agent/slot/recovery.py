@@ -63,6 +63,16 @@ class Recovery:
         self._won = 0.0
         self._wanted = asyncio.Event()
         self._now = asyncio.Event()
+        self._interval = asyncio.Event()
+
+    def reconfigure(self, config: Config) -> None:
+        """Another configuration is in force. Another back-off begins with a try; another interval, now."""
+        old, self.config = self.config.slot, config
+        new = config.slot
+        if (new.retry_first, new.retry_max) != (old.retry_first, old.retry_max):
+            self._now.set()
+        if new.proof_interval != old.proof_interval:
+            self._interval.set()
 
     def wake(self, *, now: bool = True) -> None:
         """Look whether there is something to do; `now`: without waiting for the back-off."""
@@ -143,12 +153,15 @@ class Recovery:
 
     async def self_test(self) -> None:
         """Proves the slot again every `slot.proof_interval`, in a moment without requests; until cancelled."""
-        interval = self.config.slot.proof_interval
         seed = 0
-        while interval:
-            await asyncio.sleep(interval)
-            seed += 1
-            await self._prove_again(seed)
+        while True:
+            try:
+                async with asyncio.timeout(self.config.slot.proof_interval or None):
+                    await self._interval.wait()
+                self._interval.clear()
+            except TimeoutError:
+                seed += 1
+                await self._prove_again(seed)
 
     async def _prove_again(self, seed: int) -> None:
         async with self.installer.lock:

@@ -69,6 +69,10 @@ class Residents:
         """What the decoders of disposable executors write to, by the executor's key."""
         self.models: dict[str, Resident] = {}
 
+    def reconfigure(self, config: Config) -> None:
+        """Another configuration is in force; for executors that start from now on."""
+        self.config = config
+
     async def admit(self, model: Model, *, idle: bool = False) -> Resident:
         """Loads a model and keeps it loaded. `idle`: it runs only when nothing else wants the CPU.
 

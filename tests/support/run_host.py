@@ -22,11 +22,11 @@ from agent.memory import tune_malloc
 tune_malloc()
 
 from agent import daemon, storage  # noqa: E402
-from agent.config import read_config  # noqa: E402
 from agent.errors import SlotdError  # noqa: E402
 from agent.executor.client import Launch, launch_model  # noqa: E402
 from agent.journal.database import Journal  # noqa: E402
 from agent.logs import configure  # noqa: E402
+from agent.reload.source import load  # noqa: E402
 from agent.slot import installer, residents  # noqa: E402
 from agent.slot.arbiter import Phase  # noqa: E402
 from agent.slot.attempt import Deployment  # noqa: E402
@@ -48,7 +48,7 @@ def make_frail() -> None:
 
 
 def hold(phase: str, file: Path) -> None:
-    """Deployments stay where they are while the file is there."""
+    """Deployments stay in that phase while the file is there; `*`: in the one that the file names."""
     enter = Deployments._enter
 
     async def and_wait(self: Deployments, deployment: Deployment, name: Phase) -> None:
@@ -115,9 +115,9 @@ def main() -> int:
 
         Journal.phase = and_die
     try:
-        config = read_config(path)
-        configure(config.log)
-        return daemon.run(config)
+        loaded = load(path, embedded=bool(os.environ.get("EMBEDDED")))
+        configure(loaded.config.log)
+        return daemon.run(loaded)
     except SlotdError as error:
         print(f"error: {error}\nhint: {error.hint}", file=sys.stderr)
         return error.exit

@@ -44,6 +44,7 @@ async def test_the_commands_that_every_slotd_has() -> None:
         ("undeploy", True),
         ("rollback", True),
         ("cancel", True),
+        ("reload", True),
         ("task", False),
     ]
     assert all(command.help.endswith(".") for command in table)

@@ -1,0 +1,1 @@
+"""The configuration while slotd runs: read, watched, compared, put into force, kept."""
