@@ -125,6 +125,7 @@ class Host:
         notify.unlink(missing_ok=True)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         listener.bind(str(notify))
+        notify.chmod(0o777)  # it may run as another user
         listener.settimeout(0.2)
         self.told = []
         with self.log.open("ab") as log:
