@@ -44,6 +44,8 @@ CLOCK_STEP = 60.0
 BUSY = 5.0
 """Seconds to wait for another process (somebody's sqlite3) that has the database locked."""
 
+_CHANGED = (TypeError, ValueError, KeyError, AttributeError)
+"""What comes of a value that slotd never wrote: changed on the disk where SQLite does not see it."""
 _BROKEN = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 _DISK = {
     sqlite3.SQLITE_FULL,
@@ -154,6 +156,9 @@ class Database:
     def _run(self, work: Work[T]) -> T:
         try:
             return self._try(work)
+        except _CHANGED as error:
+            log.error("the journal holds what slotd never wrote", exc_info=error)
+            return self._again(work, error)
         except sqlite3.Error as error:
             code = _code(error)
             if code in _BROKEN:
@@ -166,9 +171,9 @@ class Database:
         except OSError as error:
             raise self._failed(error) from error
 
-    def _again(self, work: Work[T], first: sqlite3.Error) -> T:
+    def _again(self, work: Work[T], first: Exception) -> T:
         try:
-            if _code(first) in _BROKEN:
+            if isinstance(first, _CHANGED) or (isinstance(first, sqlite3.Error) and _code(first) in _BROKEN):
                 self._drop()
                 self._put_aside(_Unusable("broken", f"is damaged ({first})"))
             return self._try(work)
@@ -224,7 +229,7 @@ class Database:
     def _ready(self) -> sqlite3.Connection:
         """The connection, made anew if it was given up, on the disk again if it was in memory."""
         if self._connection is None:
-            self._connection = self._on_disk()
+            self._connection, self.in_memory = self._on_disk(), False
         elif self.in_memory and self.clock.steady() - self._tried >= RETRY_DISK:
             self._tried = self.clock.steady()
             try:
@@ -270,6 +275,7 @@ class Database:
             # Alone with it, SQLite maps no file into memory; on a disk with faults a mapping ends the process.
             connection.execute("PRAGMA locking_mode = EXCLUSIVE")
             connection.execute("PRAGMA mmap_size = 0")
+            connection.text_factory = _text
             version = _check(connection)
             if 0 < version < len(MIGRATIONS):
                 files.copy_before_migration(connection, self.path.parent, version)
@@ -294,6 +300,7 @@ class Database:
             try:
                 older.execute("PRAGMA locking_mode = EXCLUSIVE")
                 _check(older)
+                older.text_factory = _text
                 _migrate(older)
                 came = take_back(connection, older)
             finally:
@@ -307,7 +314,7 @@ class Database:
 
     def _copy(self) -> sqlite3.Connection:
         """The database in memory, with all that can be read of the one on the disk."""
-        memory = sqlite3.connect(":memory:", isolation_level=None)
+        memory = _in_memory()
         if self.path.is_file():
             try:
                 # On a read-only disk SQLite cannot read a WAL database where it lies.
@@ -326,7 +333,7 @@ class Database:
                 log.error("the journal could not be read into memory", error=str(error))
                 self._seeded = False
                 memory.close()
-                memory = sqlite3.connect(":memory:", isolation_level=None)
+                memory = _in_memory()
         _migrate(memory)
         return memory
 
@@ -344,6 +351,17 @@ class Database:
                 log.warning("the journal was not closed cleanly", error=str(error))
 
 
+def _in_memory() -> sqlite3.Connection:
+    memory = sqlite3.connect(":memory:", isolation_level=None)
+    memory.text_factory = _text
+    return memory
+
+
+def _text(raw: bytes) -> str:
+    """Text that a bad disk has changed may be none; who reads it as JSON finds out."""
+    return raw.decode(errors="replace")
+
+
 def _code(error: sqlite3.Error) -> int:
     """SQLite's primary result code; 0 if the error did not come from SQLite itself."""
     return getattr(error, "sqlite_errorcode", 0) & 0xFF
@@ -358,7 +376,7 @@ def _check(connection: sqlite3.Connection) -> int:
         raise _Unusable("newer", f"is of schema {version}, this slotd knows {len(MIGRATIONS)}")
     if names and (application != APPLICATION or not names.issuperset(TABLES)):
         raise _Unusable("broken", "is not a journal of slotd")
-    verdict = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+    verdict = connection.execute("PRAGMA integrity_check(1)").fetchone()[0]
     if verdict != "ok":
         raise _Unusable("broken", f"is damaged ({verdict})")
     return version

@@ -358,3 +358,33 @@ async def test_a_reserve_that_was_cut_short_is_made_anew(tmp_path: Path) -> None
     (tmp_path / "reserve").write_bytes(b"short")
     async with opened(tmp_path):
         assert (tmp_path / "reserve").stat().st_size == 4 << 20
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE deployments SET asked = '{\"id\": broken'",
+        "UPDATE deployments SET asked = CAST(x'ff00fe' AS TEXT)",
+        "UPDATE deployments SET asked = '[]'",
+        "UPDATE deployments SET created = 'soon'",
+        "UPDATE phases SET wall = 'then'",
+        "UPDATE outbox SET created = 'x'",
+    ],
+)
+async def test_values_that_slotd_never_wrote(tmp_path: Path, change: str) -> None:
+    """A bit that flips within a value is nothing that SQLite would notice."""
+    async with opened(tmp_path) as journal:
+        await deployed(journal, "d", outcome=None)
+        await Outbox(journal).append("test", {})
+        await journal.put("x", 1)
+    db = sqlite3.connect(tmp_path / "journal.db")
+    with db:
+        db.execute(change)
+    db.close()
+    async with opened(tmp_path) as journal:
+        assert await journal.last() == []
+        assert await journal.unfinished() == []
+        assert journal.put_aside is not None and journal.put_aside.reason == "broken"
+        await journal.put("x", 2)
+    async with opened(tmp_path) as journal:
+        assert await journal.get("x") == 2 and journal.put_aside is None
