@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agent.errors import InvalidImage, InvalidInput, NotFound, PullerDied, SlotdError, StorageError
+from agent.errors import InvalidImage, InvalidInput, NotFound, PullerDied, RegistryError, SlotdError, StorageError
 from agent.executor import sandbox
 from agent.executor.sandbox.grants import DAC_OVERRIDE, DAC_READ_SEARCH, FOWNER
 from agent.images.blobs import CHUNK, REF_NAME, Incoming, Layout, StoreLayout, open_regular
@@ -399,6 +399,8 @@ def main() -> int:
     except SlotdError as error:
         if isinstance(error, InvalidImage):
             error.hint = error.hint or AGAIN
+        elif isinstance(error, RegistryError) and (file := sandbox.withdrawn()) is not None:
+            error = PullerDied(f"{file} was replaced while the registry was asked: {error.message}", hint="try again")
         _tell({"error": error.as_dict()})
     except MemoryError:
         _tell({"error": InvalidImage(f"unpacking needs more than {MEMORY >> 20} MiB of memory", hint=AGAIN).as_dict()})

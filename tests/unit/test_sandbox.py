@@ -261,3 +261,33 @@ def test_a_folder_that_is_written_is_made_and_moves_work_in_it(tmp_path) -> None
         print(open("a/y").read())
         """
     assert run(code) == "1"
+
+
+def test_a_file_that_was_replaced_is_told_from_one_that_is_not_there(tmp_path) -> None:
+    """As a resolv.conf that the network's manager writes anew while an image is pulled."""
+    granted, missing = tmp_path / "resolv.conf", tmp_path / "gai.conf"
+    granted.write_text("old")
+    code = f"""
+        import sys
+        from agent.executor.sandbox import withdrawn
+        paths = [{str(missing)!r}, {str(granted)!r}]
+        enter(Limits(1 << 30), Grants(read=tuple(paths)))
+        print(withdrawn(paths), flush=True)
+        sys.stdin.readline()
+        print(withdrawn(paths), flush=True)
+        """
+    child = subprocess.Popen(
+        [sys.executable, "-I", "-c", ENTER + textwrap.dedent(code)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with child:
+        assert child.stdin is not None and child.stdout is not None
+        assert child.stdout.readline().strip() == "None"
+        new = tmp_path / "new"
+        new.write_text("new")
+        new.replace(granted)
+        child.stdin.write("\n")
+        child.stdin.flush()
+        assert child.stdout.readline().strip() == str(granted)

@@ -12,7 +12,7 @@ import os
 import stat
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 
 from agent.executor.sandbox import kernel
@@ -43,12 +43,9 @@ HOST = (
     "/proc/meminfo",
     "/proc/stat",
 )
+RESOLVER = ("/etc/resolv.conf", "/etc/hosts", "/etc/host.conf", "/etc/gai.conf", "/etc/nsswitch.conf")
 NETWORK = (
-    "/etc/resolv.conf",
-    "/etc/hosts",
-    "/etc/host.conf",
-    "/etc/gai.conf",
-    "/etc/nsswitch.conf",
+    *RESOLVER,
     "/etc/services",
     "/etc/protocols",
     "/etc/ssl",
@@ -85,6 +82,21 @@ def restrict(grants: Grants) -> tuple[int, bool]:
     finally:
         os.close(ruleset)
     return abi, True
+
+
+def withdrawn(paths: Sequence[str] = RESOLVER) -> str | None:
+    """A file that was granted and may not be read any more, because another one has taken its name meanwhile.
+
+    A grant is for the file, not for its name. A child that needs the new one must be started anew.
+    """
+    for path in paths:
+        try:
+            os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        except PermissionError:
+            return path
+        except OSError:
+            continue  # it is not there
+    return None
 
 
 def _rules(grants: Grants) -> Iterator[tuple[str, int]]:
