@@ -116,7 +116,8 @@ def _system(root: Path) -> None:
         ".modules-load": root / "usr/lib/modules-load.d",
     }
     for path in sorted((SOURCES / "systemd").iterdir()):
-        _place(path, folders[path.suffix] / path.name)
+        named = path.name if folders[path.suffix] == units or path.suffix == ".rules" else f"{path.stem}.conf"
+        _place(path, folders[path.suffix] / named)
     _place(PACKAGING / "slotd-upgrade-guard.service", units / "slotd-upgrade-guard.service")
     _place(PACKAGING / "upgrade-guard.conf", units / "slotd.service.d/upgrade-guard.conf")
     settings = root / "etc/slotd/config.yaml"
