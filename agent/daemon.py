@@ -38,7 +38,7 @@ from agent.link.mqtt import Link
 from agent.logs import configure as configure_logs
 from agent.reload.reloader import Reloader
 from agent.reload.source import Loaded
-from agent.service import Watchdog, notify_ready, notify_status, notify_stopping
+from agent.service import Watchdog, keep_waiting, notify_ready, notify_status, notify_stopping
 from agent.serving.dataplane import Dataplane
 from agent.serving.listen import GrpcServer
 from agent.serving.trials import Trials
@@ -55,9 +55,13 @@ from drivers import make
 
 log = structlog.get_logger(__name__)
 
+START_BOUND = 600.0
+"""Seconds for which systemd is asked to wait for READY, as long as the loop runs."""
 STOP_BOUND = 30.0
 """Seconds after which a stop that has not ended is ended all the same."""
 HEALTH_EVERY = 5.0
+STATUS_EVERY = 0.5
+"""Seconds after which a change of the state is told to systemd."""
 MAX_TOLD = 1000
 """How many events wait for a disk that fails."""
 RETRY_TOLD = 1.0
@@ -169,8 +173,10 @@ class Daemon:
         asked = asyncio.create_task(self.stop_asked.wait(), name="stop-asked")
         fault: BaseException | None = None
         async with AsyncExitStack() as stack:
+            waiting = asyncio.create_task(keep_waiting(START_BOUND), name="more-time-to-start")
             start = asyncio.create_task(self._start(stack), name="start")
             await asyncio.wait((start, asked), return_when=asyncio.FIRST_COMPLETED)
+            waiting.cancel()
             if start.done():
                 failed = start.result().failed
                 await asyncio.wait((asked, failed), return_when=asyncio.FIRST_COMPLETED)
@@ -179,8 +185,10 @@ class Daemon:
             notify_stopping()
             log.info("stopping", fault=str(fault) if fault else None, ready=self.ready.is_set())
             bound = loop.call_later(STOP_BOUND, _too_long)
+            waiting = asyncio.create_task(keep_waiting(STOP_BOUND), name="more-time-to-stop")
             await _end(start)  # only what it has come to is taken down again
         bound.cancel()
+        waiting.cancel()
         log.info("stopped")
         if isinstance(fault, SlotdError):
             return fault.exit
@@ -260,6 +268,8 @@ class Daemon:
 
         load = partial(load_committed, deployments, images, residents, arbiter, issues)
         recovery.load_committed = partial(load, mend=True)
+        if boot.committed is not None:
+            notify_status(f"loading {boot.committed.name} {boot.committed.version}")
         await load(mend=False)  # a repair may take long, and the ports open first
 
         server = GrpcServer(config.serving, config.run_dir, dataplane)
@@ -299,6 +309,7 @@ class Daemon:
         host.restart_gap = await _gap(journal)
         notify_ready()
         tasks.spawn(Watchdog().run(), "watchdog")
+        tasks.spawn(self._tell_status(host), "status-line")
         tasks.spawn(self._sample(host, issues, link), "samples")
         for work, name in (
             (recovery.run(), "recovery"),
@@ -324,18 +335,22 @@ class Daemon:
         except SlotdError as error:
             log.warning("stop_not_journaled", error=str(error))
 
+    async def _tell_status(self, host: SlotHost) -> None:
+        """The line in `systemctl status`."""
+        told = ""
+        while True:
+            text = host.line() if self.taken_back is None else f"{host.line()}; {self.taken_back.text}"
+            if text != told and notify_status(text):
+                told = text
+            await asyncio.sleep(STATUS_EVERY)
+
     async def _sample(self, host: SlotHost, issues: Issues, link: LinkKeeper) -> None:
         """The slot's sensors, and what the state means for the operator."""
         while True:
             host.health = await host.installer.read_health()
             if not host.installer.lock.locked():
                 host.installer.state = await host.installer.probe()
-            state = host.arbiter.host.value
-            text = f"{state}: {host.deployments.boot.committed.name if host.deployments.boot.committed else 'no model'}"
-            if self.taken_back is not None:
-                text = f"{text}; {self.taken_back.text}"
-            running = host.deployments.running
-            notify_status(f"{text}, {running.phase} {running.name or ''}" if running else text)
+            state, running = host.arbiter.host.value, host.deployments.running
             if host.health.tripped:
                 issues.raise_(
                     "slot-temperature", "critical", "the slot is too hot and has tripped", "check the cooling"

@@ -97,6 +97,21 @@ class SlotHost:
     def doctor(self) -> dict[str, Any]:
         return examine(self.sandbox())
 
+    def line(self) -> str:
+        """The state in one line, as `systemctl status` shows it."""
+        ref, state, running = self.deployments.boot.committed, self.arbiter.host, self.deployments.running
+        if ref is None:
+            text = "no model is deployed"
+        else:
+            text = f"{ref.name} {ref.version} {_HOW[state]}"
+            if self.arbiter.trouble is not None and state in (HostState.BRIDGE, HostState.DARK) and running is None:
+                text += f" ({self.arbiter.trouble})"
+        if running is not None:
+            text += f"; {running.kind} {running.name or (running.wish.reference if running.wish else '')}".rstrip()
+            text += f" {running.version}" if running.name and running.version else ""
+            text += f": {running.phase or 'waiting'}"
+        return text
+
     async def deploy(self, wish: Wish, actor: Actor) -> dict[str, Any]:
         deployment = await self.deployments.deploy(wish, str(actor), fresh=actor.kind == "desired")
         return {"task": deployment.id, "outcome": deployment.outcome.value if deployment.outcome else None}
@@ -171,6 +186,14 @@ class SlotHost:
             "p99_ms": None if p99 is None else round(p99 * 1000, 3),
             "capacity_per_s": round(place.capacity, 1) if place else None,
         }
+
+
+_HOW = {
+    HostState.SLOT: "answers from the slot",
+    HostState.BRIDGE: "answers from the CPU",
+    HostState.DARK: "does not answer",
+    HostState.EMPTY: "does not answer",
+}
 
 
 def _rfc3339(moment: datetime | None) -> str | None:

@@ -59,6 +59,18 @@ def extend_timeout(seconds: float) -> bool:
     return notify(f"EXTEND_TIMEOUT_USEC={max(1, round(seconds * 1e6))}")
 
 
+async def keep_waiting(bound: float, *, step: float = 10.0) -> None:
+    """Asks for more time while a start or a stop is under way, for `bound` seconds at most, until cancelled.
+
+    From the event loop: one that stands still asks for nothing and runs into the unit's own time-out.
+    """
+    loop = asyncio.get_running_loop()
+    until = loop.time() + bound
+    while (left := until - loop.time()) > 0:
+        extend_timeout(min(3 * step, left + step))
+        await asyncio.sleep(min(step, left))
+
+
 def _line(text: str) -> str:
     return " ".join(text.split())[:MAX_STATUS]
 

@@ -30,8 +30,11 @@ def run(config: ConfigOption = None, embedded: EmbeddedOption = False) -> None:
     Without a valid configuration it takes the last one that came up; without that too, it ends with 78. With --embedded
     and no file at all it takes the defaults.
     """
+    import faulthandler
+
     from agent.memory import tune_malloc
 
+    faulthandler.enable()  # a watchdog that was missed (SIGABRT) tells where the loop stood
     tune_malloc()  # before anything large is imported
     from agent.logs import configure
     from agent.reload.source import load

@@ -28,6 +28,7 @@ from agent.journal.boot import BootRecord, ModelRef, write_boot
 from agent.journal.database import Journal
 from agent.model.spec import Model
 from agent.model.wish import Wish
+from agent.scope import scope
 from agent.serving.dataplane import Dataplane
 from agent.serving.trials import Trials
 from agent.slot.arbiter import Arbiter, AtBoundary, Ended, Interrupt, Joined, Outcome, Phase, Queued, Start, Turn
@@ -340,7 +341,11 @@ class Deployments:
         )
 
     def _start(self, deployment: Deployment) -> None:
-        self._task = asyncio.create_task(self._run(deployment), name=f"deployment-{deployment.id}")
+        self._task = asyncio.create_task(self._logged(deployment), name=f"deployment-{deployment.id}")
+
+    async def _logged(self, deployment: Deployment) -> None:
+        with scope(deployment=deployment.id):
+            await self._run(deployment)
 
     async def _run(self, deployment: Deployment) -> None:
         """One deployment from its first phase to its end. Only a planned stop leaves it without an outcome."""

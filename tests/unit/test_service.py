@@ -129,6 +129,14 @@ async def test_watchdog_that_nobody_asked_for_ends_at_once(
     await watchdog.run()
 
 
+async def test_more_time_is_asked_for_while_the_loop_runs(manager: socket.socket) -> None:
+    task = asyncio.create_task(service.keep_waiting(3600, step=0.01))
+    for _ in range(5):
+        assert await asyncio.to_thread(manager.recv, 4096) == b"EXTEND_TIMEOUT_USEC=30000"
+    await _stop(task)
+    await asyncio.wait_for(service.keep_waiting(0.05, step=0.01), 10)  # and no longer than the bound
+
+
 async def _stop(task: asyncio.Task[None]) -> None:
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
