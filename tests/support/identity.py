@@ -121,7 +121,7 @@ class IdentityStorm:
             rate = self.share * capacity
             assert host.process is not None
             pid, current = host.process.pid, tags[0]
-            with self._load(rate) as seen:
+            with open_load(host.address, rate, self._expected, host.device) as seen:
                 began = time.monotonic()
                 for swap in range(1, self.swaps + 1):
                     current = self._rng.choice([tag for tag in tags if tag != current])
@@ -136,28 +136,22 @@ class IdentityStorm:
             left = children if not gone(children, within=5) else set()
         return Report(self.swaps, seconds, capacity, rate, seen, held, left)
 
-    @contextmanager
-    def _load(self, rate: float) -> Iterator[Seen]:
-        """The generator runs inside; what it saw is there afterwards."""
-        argv = [
-            sys.executable,
-            str(GENERATOR),
-            self.host.address,
-            str(rate),
-            str(self._expected),
-            str(self.host.device),
-        ]
-        with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as generator:
-            try:
-                assert generator.stdout is not None and generator.stdin is not None
-                assert generator.stdout.readline() == "sending\n"
-                seen = Seen()
-                yield seen
-                generator.stdin.close()
-                seen.__dict__.update(json.loads(generator.stdout.readline()))
-            except BaseException:
-                generator.kill()
-                raise
+
+@contextmanager
+def open_load(address: str, rate: float, expected: Path, card: Path, deadline: float = 20.0) -> Iterator[Seen]:
+    """The generator runs inside; what it saw is there afterwards."""
+    argv = [sys.executable, str(GENERATOR), address, str(rate), str(expected), str(card), str(deadline)]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as generator:
+        try:
+            assert generator.stdout is not None and generator.stdin is not None
+            assert generator.stdout.readline() == "sending\n"
+            seen = Seen()
+            yield seen
+            generator.stdin.close()
+            seen.__dict__.update(json.loads(generator.stdout.readline()))
+        except BaseException:
+            generator.kill()
+            raise
 
 
 def at_rest(host: Host, pid: int) -> dict[str, int]:

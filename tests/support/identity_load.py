@@ -1,7 +1,7 @@
-"""The generator of an identity storm: `identity_load.py ADDRESS RATE EXPECTED.npz CARD`, until its input is closed.
+"""The generator of an identity storm: `identity_load.py ADDRESS RATE EXPECTED.npz CARD DEADLINE`.
 
-Sends RATE requests a second, whether or not the ones before were answered, compares every reply, and prints what it
-saw as one line of JSON.
+Until its input is closed it sends RATE requests a second, whether or not the ones before were answered, and compares
+every reply; then it prints what it saw as one line of JSON.
 """
 
 from __future__ import annotations
@@ -25,14 +25,13 @@ from support.identity import TOLERANCE, Seen
 from support.networks import INPUT
 from support.tfs_client import CHANNEL_OPTIONS
 
-DEADLINE = 20.0
 CHANNELS = 4
 KEPT = 10
 
 
 class Load:
-    def __init__(self, rate: float, expected: Any, card: Path) -> None:
-        self.rate, self.card = rate, card
+    def __init__(self, rate: float, expected: Any, card: Path, deadline: float) -> None:
+        self.rate, self.card, self.deadline = rate, card, deadline
         self.requests = [request_bytes(picture, INPUT) for picture in expected["pictures"]]
         self.expected = {name: expected[name] for name in expected.files if name != "pictures"}
         self.seen = Seen()
@@ -58,7 +57,7 @@ class Load:
     async def one(self, call: Any, picture: int) -> None:
         begun = time.monotonic()
         try:
-            pending = call(self.requests[picture], timeout=DEADLINE)
+            pending = call(self.requests[picture], timeout=self.deadline)
             reply = await pending
             told = dict(await pending.trailing_metadata())
         except grpc.aio.AioRpcError as error:
@@ -98,8 +97,8 @@ def off(answer: np.ndarray, wanted: np.ndarray) -> float:
 
 
 def main() -> None:
-    address, rate, expected, card = sys.argv[1:]
-    load = Load(float(rate), np.load(expected), Path(card))
+    address, rate, expected, card, deadline = sys.argv[1:]
+    load = Load(float(rate), np.load(expected), Path(card), float(deadline))
     asyncio.run(load.run(address))
     times = np.array(load.times or [0.0]) * 1e3
     seen = load.seen

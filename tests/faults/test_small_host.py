@@ -1,0 +1,30 @@
+"""Two large models on a small host: nobody is refused, whoever is killed for want of memory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from support.small_host import PHASES, SmallHost
+
+STALL_MS = 5.0
+
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(os.geteuid() != 0, reason="root makes the cgroup, and becomes somebody else in it"),
+]
+
+
+@pytest.mark.timeout(3600)
+def test_vgg_and_resnet_in_two_gib(tmp_path: Path, record_property: pytest.RecordProperty) -> None:
+    report = SmallHost(tmp_path, swaps=20).run()
+    print(f"\n{report}")
+    record_property("small host", str(report))
+    seen = report.seen
+    assert (seen.mismatches, seen.not_ok) == (0, 0), seen.faults
+    assert report.same_process
+    assert set(report.phases) >= set(PHASES) - {"pull", "verify", "unpack"}, "both models stay on the disk"
+    assert report.rude.keys() == {"30 MB: INVALID_ARGUMENT", "2,000,000 strings: INVALID_ARGUMENT"}
+    assert max(report.stalls, default=0.0) <= STALL_MS, report.stalls[:10]
