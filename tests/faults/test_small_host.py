@@ -25,6 +25,6 @@ def test_vgg_and_resnet_in_two_gib(tmp_path: Path, record_property: pytest.Recor
     seen = report.seen
     assert (seen.mismatches, seen.not_ok) == (0, 0), seen.faults
     assert report.same_process
-    assert set(report.phases) >= set(PHASES) - {"pull", "verify", "unpack"}, "both models stay on the disk"
+    assert set(report.phases) == set(PHASES), "an executor was killed in each phase"
     assert report.rude.keys() == {"30 MB: INVALID_ARGUMENT", "2,000,000 strings: INVALID_ARGUMENT"}
     assert max(report.stalls, default=0.0) <= STALL_MS, report.stalls[:10]

@@ -44,6 +44,8 @@ PHASES = (
     "probation",
     "commit",
 )
+FRESH = {"pull": "2", "verify": "2", "unpack": "3"}
+"""Images of these versions are on the disk no more when their phase's turn comes, and are pulled again."""
 RATE = 0.5
 """Requests a second: VGG-16 takes a core for half a second, and two cores have to load models beside it."""
 PATIENCE = 60.0
@@ -96,9 +98,11 @@ class SmallHost:
         expected: dict[str, np.ndarray] = {"pictures": pictures}
         for name in ("resnet50", "vgg16"):
             model = write_network(self.folder / name, name)
-            digest = put_folder(model, self.images, f"{name}:1")
             session = open_session(model / "model.onnx", threads=2)
-            expected[digest] = np.stack([np.asarray(session.run({INPUT: picture})[OUTPUT]) for picture in pictures])
+            answers = np.stack([np.asarray(session.run({INPUT: picture})[OUTPUT]) for picture in pictures])
+            for version in sorted({"1", *FRESH.values()}):
+                (model / "note.txt").write_text(version)
+                expected[put_folder(model, self.images, f"{name}:{version}")] = answers
             shutil.rmtree(model)
         np.savez(self._expected, **expected)
 
@@ -118,7 +122,7 @@ class SmallHost:
             host = self.host
             try:
                 host.start(hold_at="asked", STALLS=str(stalls))
-                done = self._deploy("resnet50")
+                done = self._deploy("resnet50:1")
                 assert done["outcome"] == "committed", (done, host.tail())
                 assert host.process is not None
                 pid = host.process.pid
@@ -129,7 +133,7 @@ class SmallHost:
                     for swap in range(self.swaps):
                         phase = PHASES[swap % len(PHASES)]
                         current = "vgg16" if current == "resnet50" else "resnet50"
-                        outcome, killed = self._swap(current, phase, group)
+                        outcome, killed = self._swap(f"{current}:{FRESH.get(phase, '1')}", phase, group)
                         killed_in += [phase] * killed
                         outcomes[outcome] = outcomes.get(outcome, 0) + 1
                 seconds = time.monotonic() - began
@@ -152,11 +156,11 @@ class SmallHost:
             used,
         )
 
-    def _swap(self, name: str, phase: str, group: MemoryGroup) -> tuple[str, bool]:
+    def _swap(self, tag: str, phase: str, group: MemoryGroup) -> tuple[str, bool]:
         """One swap with an executor killed in `phase`; if that has sent it back, once more in peace."""
         host = self.host
         host.hold_in(phase)
-        task = host.call("deploy", image=f"{name}:1")["task"]
+        task = host.call("deploy", image=tag)["task"]
         host.until(lambda: reached(host.call("task", task=task), phase), timeout=300)
         killed = reached(host.call("task", task=task), phase) == "there" and starve(group)
         host.let_go()
@@ -164,16 +168,16 @@ class SmallHost:
         outcome = done["outcome"]
         if outcome != "committed":
             assert killed, (done, host.tail())
-            outcome = f"{outcome}, then " + self._deploy(name)["outcome"]
+            outcome = f"{outcome}, then " + self._deploy(tag)["outcome"]
         host.until_host("slot", timeout=120)
         return outcome, killed
 
-    def _deploy(self, name: str) -> dict[str, Any]:
-        return self.host.deploy(f"{name}:1", timeout=300)
+    def _deploy(self, tag: str) -> dict[str, Any]:
+        return self.host.deploy(tag, timeout=300)
 
 
 def reached(task: dict[str, Any], phase: str) -> str:
-    """`there` in that phase, `over` after it; empty before. A model that is unpacked already is not pulled again."""
+    """`there` in that phase, `over` after it; empty before."""
     if task["outcome"]:
         return "over"
     names = [step["phase"] for step in task["phases"]]
