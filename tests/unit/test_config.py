@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from agent.config import Config, parse_config, read_config
+from agent.config import EFFECTS, Config, Effect, parse_config, read_config
 from agent.errors import InvalidConfig
 
 ROOT = Path(__file__).parents[2]
@@ -61,6 +62,16 @@ def test_example_explains_every_field() -> None:
         if not (above.startswith("#") and len(above) > 10):
             bare.append(field)
     assert bare == []
+
+
+def test_example_says_when_a_change_takes_effect() -> None:
+    """Of each field that does not take effect at once, in the last words of its comment."""
+    lines = EXAMPLE.read_text().splitlines()
+    said = {}
+    for field, line in _written(yaml.compose("\n".join(lines))):
+        mark = re.search(r" \[([a-z ]+)\]$", lines[line - 1])
+        said[field] = mark[1] if mark else Effect.LIVE.value
+    assert said == {field: effect.value for field, effect in EFFECTS.items()}
 
 
 def test_nothing_is_needed() -> None:
