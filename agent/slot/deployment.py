@@ -111,6 +111,8 @@ class Deployments:
         self._all: dict[str, Deployment] = {}
         self._task: asyncio.Task[None] | None = None
         self._asks: set[asyncio.Task[None]] = set()
+        self._begun = False
+        """Something has been asked for in this run, and written down."""
         self._cut_off: list[dict[str, Any]] = []
         self._watchers: set[asyncio.Event] = set()
 
@@ -250,7 +252,7 @@ class Deployments:
             await self._conclude(row, Outcome.COMMITTED, None)
         elif called_off is not None:
             await self._conclude(row, Outcome.CANCELLED, revive(called_off))
-        elif not newest or self._all:
+        elif not newest or self._begun:
             await self._conclude(row, Outcome.FAILED, Interrupted(f"cut off at {reached}; a newer one was asked for"))
         elif reached == ROLL_BACK:
             why = "cut off while the committed model was put back, which the start has done"
@@ -336,6 +338,7 @@ class Deployments:
                 "boot_id": self.boot_id,
             }
         )
+        self._begun = True
         self.tell(
             "deployment_asked", {"id": deployment.id, "actor": deployment.actor, "reference": wish and wish.reference}
         )
