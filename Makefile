@@ -8,8 +8,9 @@ PYTEST = $(VENV)/bin/python -m pytest
 TOOLS := mosquitto mosquitto_pub docker-registry htpasswd skopeo umoci
 PACKAGES := python3-venv mosquitto mosquitto-clients docker-registry apache2-utils skopeo umoci
 # What the tests in a machine of their own need besides (make test-vm).
-TOOLS_VM := nsenter runuser setpriv unshare systemd-analyze udevadm /usr/bin/python3.11
-PACKAGES_VM := systemd udev util-linux python3
+TOOLS_VM := nsenter runuser setpriv unshare systemd-analyze udevadm /usr/bin/python3.11 \
+  qemu-system-x86_64 mkfs.ext4 debugfs cpio /bin/busybox
+PACKAGES_VM := systemd udev util-linux python3 qemu-system-x86 e2fsprogs cpio busybox-static
 export PATH := $(PATH):/usr/sbin:/sbin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PREFIX ?= /usr/local

@@ -14,6 +14,7 @@ import socket
 import struct
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,7 +136,8 @@ class PowerDisk:
         self.freeze()
         self._listener.shutdown(socket.SHUT_RDWR)
         if self._connection is not None:
-            self._connection.close()
+            with suppress(OSError):  # it has gone already
+                self._connection.shutdown(socket.SHUT_RDWR)
         self._thread.join(10)
         self._listener.close()
         self._safe.flush()
@@ -154,7 +156,7 @@ class PowerDisk:
                 try:
                     if self._greet(connection):
                         self._answer(connection)
-                except (ConnectionError, EOFError):
+                except (OSError, EOFError):
                     continue  # the guest was killed
 
     def _greet(self, connection: socket.socket) -> bool:

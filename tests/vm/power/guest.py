@@ -182,7 +182,7 @@ class Deployer(threading.Thread):
             return client.call(command, arguments)
 
     def _until(self, condition: Callable[[], Any], *ignored: type[BaseException]) -> Any:
-        until = time.monotonic() + 240
+        until = time.monotonic() + 900
         while time.monotonic() < until:
             try:
                 value = condition()
@@ -201,7 +201,7 @@ class Deployer(threading.Thread):
             proto.tensor_shape.dim.add().size = size
         with grpc.insecure_channel(f"unix:{self.run_dir}/grpc.sock") as channel:
             call = channel.unary_unary(PREDICT)
-            data, done = call.with_call(request.SerializeToString(), timeout=60, wait_for_ready=True)
+            data, done = call.with_call(request.SerializeToString(), timeout=300, wait_for_ready=True)
         (answer,) = PredictResponse.FromString(data).outputs.values()
         y = np.array(answer.float_val, np.float32).reshape(X.shape)
         trailer = dict(done.trailing_metadata() or ())

@@ -23,7 +23,8 @@ PHASES = {"pull": "verify", "unpack": "inspect", "committing": "gc", "gc": "ende
 """Where the guest is frozen, and what it says when that phase is over."""
 RATE = 0.8e6
 """Bytes a second from the registry, so that a pull takes a while."""
-PATIENCE = 240.0
+PATIENCE = 900.0
+"""Seconds; only for what has gone wrong: an emulated machine on a busy host is slow, and that is no fault."""
 
 
 @dataclass(frozen=True)
@@ -84,11 +85,13 @@ class House:
             "slot": {
                 "driver": "simulated",
                 "options": {"device": "/run/card", "program_time": 0.1, "latency": 0.002},
-                "program_timeout": "120s",
+                "program_timeout": "10m",
+                "load_timeout": "10m",
+                "prove_timeout": "10m",
             },
             "swap": {"probation": {"duration": "0.3s", "min_requests": 3}},
             "serving": {"grpc": {"listen": None}},
-            "executor": {"threads": 1},
+            "executor": {"threads": 1, "call_timeout": "10m"},
             "images": {"insecure_registries": [REGISTRY], "keep_free": "4MiB"},
             "link": {"enabled": False},
             "log": {"level": "info", "format": "json"},

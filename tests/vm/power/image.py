@@ -43,10 +43,10 @@ exec /bin/busybox switch_root /root /bin/busybox sh -c '{command}; /bin/busybox 
 
 def missing_tools() -> list[str]:
     """What has to be installed first: qemu-system-x86, e2fsprogs, cpio, busybox-static."""
-    path = environment()["PATH"]
-    return [tool for tool in TOOLS if shutil.which(tool, path=path) is None] + (
-        [] if BUSYBOX.exists() else [str(BUSYBOX)]
-    )
+    missing = [tool for tool in TOOLS if shutil.which(tool, path=environment()["PATH"]) is None]
+    if not BUSYBOX.exists() or b"/ld-linux" in BUSYBOX.read_bytes()[:4096]:
+        missing.append(f"{BUSYBOX} (static)")
+    return missing
 
 
 def kernel(cache: Path = CACHE) -> Path:
