@@ -128,6 +128,7 @@ def _system(root: Path) -> None:
     _place(SOURCES / "LICENSE", papers / "copyright")
     _place(SOURCES / "README.md", papers / "README.md")
     _place(PACKAGING / "README.md", papers / "packaging.md")
+    _place(PACKAGING / "slot-helper.example.toml", papers / "slot-helper.toml")
 
 
 def control(root: Path, version: str, architecture: str) -> None:
