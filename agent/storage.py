@@ -302,19 +302,18 @@ async def load_committed(
         return
     try:
         try:
-            model = await images.model(ref.digest, ref.reference)
+            await _admit(ref, images, residents)
         except (StorageError, NotFound) as damage:
             if not mend:
                 raise
             try:
                 await images.mend(ref.reference, ref.digest)
-                model = await images.model(ref.digest, ref.reference)
             except SlotdError as error:
                 raise StorageError(
                     f"{damage}; it cannot be made whole: {error}",
                     hint=error.hint or damage.hint or "deploy the model again",
                 ) from error
-        await residents.admit(model)
+            await _admit(ref, images, residents)
     except SlotdError as error:
         error.forget_frames()
         arbiter.trouble = error
@@ -322,6 +321,20 @@ async def load_committed(
         log.error("committed_model_unusable", digest=ref.digest, error=str(error))
     else:
         issues.clear("committed-model")
+
+
+async def _admit(ref: ModelRef, images: ImageSource, residents: Residents) -> None:
+    """Loads it while its files are read; what is wrong with them comes before what an executor makes of that."""
+    model = await images.model(ref.digest, ref.reference, unread=True)
+    intact = asyncio.create_task(images.verify(ref.digest), name="verify-committed")
+    try:
+        await residents.admit(model, intact=intact)
+    except SlotdError:
+        await intact
+        raise
+    finally:
+        intact.cancel()
+        await asyncio.gather(intact, return_exceptions=True)
 
 
 def _record(kept: Any) -> BootRecord | None:

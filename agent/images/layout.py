@@ -99,19 +99,27 @@ class Store:
         """Whether the model is unpacked. `model` tells whether it is also intact."""
         return self.folder(digest).is_dir()
 
-    def model(self, digest: str, reference: str = "") -> Model:
+    def model(self, digest: str, reference: str = "", *, unread: bool = False) -> Model:
         """The unpacked model, every byte of it verified. Blocking: reads all of it.
 
-        `reference` defaults to the one it was pulled by. Raises NotFound, InvalidModel, StorageError naming the file.
+        `unread`: its large files were not read; nobody may be answered from it before `verify` has. `reference`
+        defaults to the one it was pulled by. Raises NotFound, InvalidModel, StorageError naming the file.
         """
         folder = self.folder(digest)
         try:
-            listed = verify_hashes(folder)
+            listed = read_hashes(folder) if unread else verify_hashes(folder)
             spec = read_spec(folder)
         except OSError as error:
             raise storage_error(error, "the model cannot be read") from None
         hashes = {path: sha256 for path, (sha256, _) in listed.files.items()}
         return Model(digest, reference or listed.reference, folder, spec, hashes)
+
+    def verify(self, digest: str) -> None:
+        """Reads every byte of an unpacked model. Blocking. Raises NotFound, StorageError naming the file."""
+        try:
+            verify_hashes(self.folder(digest))
+        except OSError as error:
+            raise storage_error(error, "the model cannot be read") from None
 
     def manifests(self) -> list[Stored]:
         """The images in the store, oldest first. Blocking. Raises StorageError, NotFound, InvalidImage."""

@@ -98,9 +98,13 @@ class ImageSource:
         """Whether it is unpacked."""
         return await asyncio.to_thread(self.store.has, digest)
 
-    async def model(self, digest: str, reference: str) -> Model:
-        """The unpacked model, its hash list checked."""
-        return await asyncio.to_thread(self.store.model, digest, reference)
+    async def model(self, digest: str, reference: str, *, unread: bool = False) -> Model:
+        """The unpacked model, its hash list checked; `unread`: but for its files, which `verify` checks."""
+        return await asyncio.to_thread(self.store.model, digest, reference, unread=unread)
+
+    async def verify(self, digest: str) -> None:
+        """Checks the files of an unpacked model."""
+        await asyncio.to_thread(self.store.verify, digest)
 
     async def collect(self, keep: set[str]) -> int:
         """Removes what is not in `keep`; bytes freed."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from agent.model.signature import Signature
 from agent.model.spec import Model
 from agent.serving.dataplane import Dataplane
 from agent.slot.arbiter import Arbiter, On
-from agent.slot.measure import measure
+from agent.slot.measure import RUNS, measure
 
 log = structlog.get_logger(__name__)
 
@@ -40,7 +40,8 @@ class Resident:
     signature: Signature | None = None
     """As clients see it; None if neither model.yaml nor a bridge has told it."""
     service: float = 0.05
-    """Seconds that one request takes on the bridge, as measured when it was loaded."""
+    """Seconds that one request takes on the bridge, as measured when it was first loaded."""
+    measured: bool = False
     idle: bool = False
     keepers: list[asyncio.Task[None]] = field(default_factory=list)
 
@@ -73,17 +74,19 @@ class Residents:
         """Another configuration is in force; for executors that start from now on."""
         self.config = config
 
-    async def admit(self, model: Model, *, idle: bool = False) -> Resident:
+    async def admit(self, model: Model, *, idle: bool = False, intact: Awaitable[None] | None = None) -> Resident:
         """Loads a model and keeps it loaded. `idle`: it runs only when nothing else wants the CPU.
 
-        Raises ExecutorError (with what the child says of the model) and leaves nothing behind.
+        It answers nobody before `intact` has ended well, if that is given: its files are checked while it is loaded.
+        Raises ExecutorError (with what the child says of the model), what `intact` raises, and leaves nothing behind.
         """
         async with self._loading:  # a deployment and the recovery may want the same
             if model.digest not in self.models:
-                self.models[model.digest] = await self._load(Resident(model, idle=idle, signature=model.spec.signature))
+                resident = Resident(model, idle=idle, signature=model.spec.signature)
+                self.models[model.digest] = await self._load(resident, intact)
             return self.models[model.digest]
 
-    async def _load(self, resident: Resident) -> Resident:
+    async def _load(self, resident: Resident, intact: Awaitable[None] | None) -> Resident:
         model = resident.model
         try:
             if model.spec.image is not None:
@@ -92,7 +95,9 @@ class Residents:
                     resident.decoders.workers.append(await self._start_decoder(resident, number))
             if model.spec.has_bridge:
                 self.arbiter.bridge_starting(model.digest)
-                await self._start_bridge(resident)
+                await self._start_bridge(resident, intact)
+            elif intact is not None:
+                await intact
         except BaseException:
             self.arbiter.bridge_gone(model.digest)
             await self._end(resident)
@@ -177,12 +182,18 @@ class Residents:
             worker.normal_priority()
         return worker
 
-    async def _start_bridge(self, resident: Resident) -> Seat:
+    async def _start_bridge(self, resident: Resident, intact: Awaitable[None] | None = None) -> Seat:
         launch = launch_model(self.config, resident.model, "cpu", role="bridge", maps=resident.maps, idle=resident.idle)
         worker = await Worker.start(launch, timeout=self.config.slot.load_timeout)
         seat = Seat.of(resident.model, On.BRIDGE.value, worker, resident.decoders)
         try:
-            resident.service = await measure(seat, timeout=self.config.slot.load_timeout)
+            # A candidate has time to be measured well; for any other, clients wait.
+            runs = RUNS if launch.idle else 1
+            service = await measure(seat, timeout=self.config.slot.load_timeout, runs=runs)
+            if not resident.measured or launch.idle:
+                resident.service, resident.measured = service, True
+            if intact is not None:
+                await intact
         except BaseException:
             seat.retired = True
             await asyncio.shield(worker.stop(grace=self.config.slot.stop_timeout))

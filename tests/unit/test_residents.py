@@ -13,7 +13,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from agent.config import Config
-from agent.errors import ExecutorDied, ExecutorError, SlotError, Unavailable
+from agent.errors import ExecutorDied, ExecutorError, SlotError, StorageError, Unavailable
 from agent.executor.seat import Decoders
 from agent.model.signature import Strings
 from agent.serving.dataplane import Dataplane
@@ -85,7 +85,7 @@ async def bench(quick: None, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[B
     def launch(role: str) -> Callable[..., Any]:
         return lambda *_, idle=False, **more: SimpleNamespace(role=more.get("role", role), idle=idle)
 
-    async def measure(seat: Any, *, timeout: float) -> float:
+    async def measure(seat: Any, *, timeout: float, runs: int) -> float:
         return 0.01
 
     monkeypatch.setattr(module, "Worker", SimpleNamespace(start=bench.start))
@@ -102,6 +102,24 @@ async def bench(quick: None, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[B
 
 def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
+
+
+async def test_nobody_is_answered_before_the_files_are_known_to_be_whole(bench: Bench) -> None:
+    intact: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    loading = asyncio.create_task(bench.residents.admit(model(), intact=intact))
+    await asyncio.sleep(0.05)
+    assert bench.workers and not bench.plane.seats and not loading.done()
+    intact.set_result(None)
+    await loading
+    assert bench.plane.seats
+
+
+async def test_damaged_files_end_what_was_loaded_from_them(bench: Bench) -> None:
+    intact: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    intact.set_exception(StorageError("its content has changed on the disk"))
+    with pytest.raises(StorageError):
+        await bench.residents.admit(model(), intact=intact)
+    assert not bench.plane.seats and not any(worker.alive for worker in bench.workers)
 
 
 async def test_two_who_want_the_same_model_share_it(bench: Bench) -> None:
