@@ -18,6 +18,7 @@ from agent.health.issues import Issues
 from agent.images.source import ImageSource
 from agent.journal.boot import BootRecord, ModelRef, confirm_boot, read_boot, rehearse_boot
 from agent.journal.database import Journal
+from agent.journal.reserve import Reserve
 from agent.slot.arbiter import Arbiter
 from agent.slot.books import BOOT
 from agent.slot.deployment import Deployments
@@ -182,6 +183,7 @@ class Storage:
             self.issues.raise_("disk", "critical", str(error), error.hint)
         else:
             self.issues.clear("disk")
+            await asyncio.to_thread(Reserve(self.state_dir).hold)  # a start or a commit may have used it up
 
     def _measure(self) -> None:
         """Raises StorageError if the disk is full or read-only."""
