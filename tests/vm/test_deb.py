@@ -55,7 +55,7 @@ Daemon._start = _crash_soon
 
 
 @pytest.fixture(scope="module")
-def debs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def debs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """now; next, with a new schema; broken, which does not import; crashing, READY for a second; refusing: it ends as
     if its settings were wrong, and systemd gives it up at once."""
     folder = tmp_path_factory.mktemp("debs")
@@ -73,7 +73,8 @@ def debs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     repack(root, folder / "crashing.deb", "90.3", {"daemon.py": CRASH})
     repack(root, folder / "refusing.deb", "90.4", {"__init__.py": "\nraise SystemExit(78)\n"})
     shutil.rmtree(root)
-    return folder
+    yield folder
+    shutil.rmtree(folder)  # a gigabyte
 
 
 def repack(root: Path, package: Path, version: str, added: dict[str, str]) -> None:
