@@ -77,7 +77,7 @@ class Needs:
     read: tuple[Path, ...] = ()
     """Files of the runtime and of the device (libraries and tables in unusual places, sysfs)."""
     write: tuple[Path, ...] = ()
-    """Folders for its own files; made if they are not there."""
+    """Folders for its own files; one that is not there is made if the folder around it is."""
     devices: tuple[Path, ...] = ()
     """Device nodes, or folders of them: read, write, ioctl, mmap."""
     execute: tuple[Path, ...] = ()

@@ -248,10 +248,10 @@ def test_granted_programs_start_and_stay_inside(tmp_path) -> None:
 
 
 def test_a_folder_that_is_written_is_made_and_moves_work_in_it(tmp_path) -> None:
-    folder = tmp_path / "new" / "card"
+    folder, gone = tmp_path / "card", tmp_path / "removed" / "card"
     code = f"""
         import os
-        enter(Limits(1 << 30), Grants(write=({str(folder)!r},)))
+        enter(Limits(1 << 30), Grants(write=({str(folder)!r}, {str(gone)!r})))
         os.chdir({str(folder)!r})
         os.mkdir("a"); os.mkdir("b")
         open("a/x", "w").write("1")
@@ -261,6 +261,7 @@ def test_a_folder_that_is_written_is_made_and_moves_work_in_it(tmp_path) -> None
         print(open("a/y").read())
         """
     assert run(code) == "1"
+    assert not gone.parent.exists()
 
 
 def test_a_file_that_was_replaced_is_told_from_one_that_is_not_there(tmp_path) -> None:

@@ -56,8 +56,10 @@ def enter(limits: Limits, grants: Grants, *, umask: int = 0o077) -> dict[str, An
     ):
         _limit(which, value)
     for folder in grants.write:
-        with contextlib.suppress(OSError):  # whoever writes there will say what is wrong with it
-            os.makedirs(folder, mode=0o700, exist_ok=True)
+        # Whoever writes there will say what is wrong with it. Never its parents: a child whose agent was killed must
+        # not bring back what has been removed since.
+        with contextlib.suppress(OSError):
+            os.mkdir(folder, mode=0o700)
     kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
     if grants.capabilities is not None:
         kernel.drop_capabilities(grants.capabilities)

@@ -17,7 +17,8 @@ class Grants:
     read: tuple[str, ...] = ()
     """Read."""
     write: tuple[str, ...] = ()
-    """Folders in which it may make, change and remove files; made before the child enters if they are not there."""
+    """Folders in which it may make, change and remove files; one that is not there is made if the folder
+    around it is."""
     devices: tuple[str, ...] = ()
     """Device nodes: read, write, ioctl."""
     execute: tuple[str, ...] = ()
