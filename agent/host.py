@@ -107,7 +107,7 @@ class SlotHost:
             if self.arbiter.trouble is not None and state in (HostState.BRIDGE, HostState.DARK) and running is None:
                 text += f" ({self.arbiter.trouble})"
         if running is not None:
-            text += f"; {running.kind} {running.name or (running.wish.reference if running.wish else '')}".rstrip()
+            text += f"; {_DOING.get(running.kind, running.kind)} {running.name or (running.wish.reference if running.wish else '')}".rstrip()
             text += f" {running.version}" if running.name and running.version else ""
             text += f": {running.phase or 'waiting'}"
         return text
@@ -188,6 +188,7 @@ class SlotHost:
         }
 
 
+_DOING = {"deploy": "deploying", "undeploy": "undeploying", "rollback": "rolling back to"}
 _HOW = {
     HostState.SLOT: "answers from the slot",
     HostState.BRIDGE: "answers from the CPU",
