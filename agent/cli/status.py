@@ -84,6 +84,8 @@ def _rows(status: Document) -> Iterator[tuple[str, Text]]:
             yield key, deployment(status[key])
     yield "serving", _serving(status.get("serving") or {})
     yield "link", _link(status.get("link") or {})
+    if status.get("config"):
+        yield "config", _config(status["config"])
     if (status.get("sandbox") or {}).get("lacks"):
         yield "sandbox", Text(f"lacks {plain(', '.join(status['sandbox']['lacks']))}: see slotd doctor", "yellow")
     yield "issues", lines(*map(_issue, status.get("issues") or [])) or Text("none", "green")
@@ -192,6 +194,20 @@ def _link(link: Document) -> Text:
         plain(link["broker"]) if link.get("broker") else None,
         f"{count(waiting)} events wait" if waiting else None,
         f"the oldest for {seconds(outbox['oldest_s'])}" if waiting and outbox.get("oldest_s") is not None else None,
+    )
+
+
+def _config(config: Document) -> Text:
+    from rich.text import Text
+
+    source, pending = config.get("source"), config.get("pending") or []
+    return dots(
+        plain(config.get("path") or NONE) if source == "file" else None,
+        Text("the last good one, not the file", "red") if source == "good" else None,
+        Text("the defaults: there is no file", "yellow") if source == "defaults" else None,
+        ago(config["loaded"]) if config.get("loaded") else None,
+        Text("the file is invalid", "red") if config.get("faults") and source == "file" else None,
+        Text(f"at the next start: {plain(', '.join(pending))}", "yellow") if pending else None,
     )
 
 

@@ -54,7 +54,7 @@ class Reloader:
         self._touched = asyncio.Event()
         self._hung_up = hung_up
         if loaded.fault is not None:
-            self._raise(loaded.fault, f"slotd runs with the last good one ({GOOD})")
+            self._raise(loaded.fault)
             self._refused(loaded.fault, Actor("boot", "start"))
 
     # --- what others ask ----------------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ class Reloader:
             if old.source == "defaults" and not await asyncio.to_thread(old.path.exists):
                 return self._answer([])  # there was none, and there is none
             self._refused(fault, actor)
-            self._raise(fault, "nothing has changed")
+            self._raise(fault)
             raise
         changed = changes(old.config, file.config)
         self._put_into_force(in_force(self.running, file.config))
@@ -213,7 +213,9 @@ class Reloader:
         self._fault = fault
         fault.forget_frames()
 
-    def _raise(self, fault: InvalidConfig, so: str) -> None:
+    def _raise(self, fault: InvalidConfig) -> None:
+        good = self._loaded.source == "good"
+        so = f"slotd runs with the last good one ({GOOD})" if good else "nothing has changed"
         words = _listed([f"{field}: {message}" for field, message in fault.faults])
         self._issues.raise_("config", "error", f"{words}; {so}", "mend the file; `slotd check` shows every fault")
 

@@ -79,6 +79,8 @@ class Host:
         self.address = ""
         self.log = folder / "slotd.log"
         self.hold = folder / "hold"
+        self.keep_config = False
+        """Whether it starts with the configuration file as it is, or without one."""
         self.told: list[tuple[float, str]] = []
         """What systemd was told, and when (monotonic)."""
 
@@ -120,7 +122,8 @@ class Host:
             self.hold.touch()
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "config.yaml"
-        path.write_text(yaml.safe_dump(self.config))
+        if not self.keep_config:
+            path.write_text(yaml.safe_dump(self.config))
         notify = self.folder / "notify.sock"
         notify.unlink(missing_ok=True)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
