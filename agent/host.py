@@ -107,8 +107,11 @@ class SlotHost:
             if self.arbiter.trouble is not None and state in (HostState.BRIDGE, HostState.DARK) and running is None:
                 text += f" ({self.arbiter.trouble})"
         if running is not None:
-            text += f"; {_DOING.get(running.kind, running.kind)} {running.name or (running.wish.reference if running.wish else '')}".rstrip()
-            text += f" {running.version}" if running.name and running.version else ""
+            text += f"; {_DOING.get(running.kind, running.kind)}"
+            if running.name:
+                text += f" {running.name} {running.version}"
+            elif running.wish is not None:
+                text += f" {running.wish.reference}"
             text += f": {running.phase or 'waiting'}"
         return text
 
