@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from vm.power.cuts import cut_power, table
+from vm.power.cuts import BOOT, PHASES, cut_power, table
 from vm.power.image import missing_tools
 
 
@@ -22,6 +22,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1, help="which instants and which losses (default 1)")
     parser.add_argument("--lanes", type=int, default=min(2, os.cpu_count() or 1), help="how many guests at a time")
     parser.add_argument("--keep", type=Path, help="leave all that was made in this folder")
+    parser.add_argument("--phase", choices=(*PHASES, BOOT), help="cut only in this phase")
+    parser.add_argument("--careless", action="store_true", help="leave out the daemon's fsyncs: the faults must show")
     options = parser.parse_args()
     if missing := missing_tools():
         packages = "qemu-system-x86 e2fsprogs busybox-static cpio"
@@ -35,7 +37,15 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="slotd-power-") as temporary:
         folder = options.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        results = cut_power(options.runs, options.seed, lanes=options.lanes, folder=folder, say=say)
+        results = cut_power(
+            options.runs,
+            options.seed,
+            lanes=options.lanes,
+            folder=folder,
+            say=say,
+            phase=options.phase,
+            careless=options.careless,
+        )
     faulty = sum(bool(result.faults) for result in results)
     print(f"\n{table(results)}\n\n{len(results)} cuts with seed {options.seed}, {faulty} with faults")
     return 1 if faulty or len(results) < options.runs else 0

@@ -31,13 +31,12 @@ SHARE = ("pull", "unpack", "committing", "gc", "pull", "unpack", "committing", "
 
 @dataclass(frozen=True)
 class Cut:
-    """One instant: after `after` writes and flushes in the phase, or else after `delay` seconds."""
+    """One instant: a share `at` (0 to 1) of the phase is over, counted by its writes and flushes or by its seconds."""
 
     number: int
     phase: str
     seed: int
     at: float
-    """Which part of the phase is over, 0 to 1."""
     by_writes: bool
 
 
@@ -57,9 +56,9 @@ class Result:
     faults: list[str] = field(default_factory=list)
 
 
-def plan(runs: int, seed: int) -> list[Cut]:
+def plan(runs: int, seed: int, only: str | None = None) -> list[Cut]:
     """Instants that cover each phase evenly, each with its own seed."""
-    phases = [SHARE[number % len(SHARE)] for number in range(runs)]
+    phases = [only or SHARE[number % len(SHARE)] for number in range(runs)]
     chance = random.Random(seed)
     cuts = []
     for phase in dict.fromkeys(phases):
@@ -225,17 +224,27 @@ class Lane:
 
 
 def cut_power(
-    runs: int, seed: int, *, lanes: int, folder: Path, say: Callable[[str], None] = lambda _: None
+    runs: int,
+    seed: int,
+    *,
+    lanes: int,
+    folder: Path,
+    say: Callable[[str], None] = lambda _: None,
+    phase: str | None = None,
+    careless: bool = False,
 ) -> list[Result]:
-    """`runs` cuts on `lanes` guests at a time; all that is made on the way goes to `folder`. Raises RuntimeError."""
-    house = House(folder, seed, say)
+    """`runs` cuts on `lanes` guests at a time; all that is made on the way goes to `folder`. Raises RuntimeError.
+
+    `phase`: only in this one. `careless`: with a daemon that never waits for the disk, which must not go unnoticed.
+    """
+    house = House(folder, seed, say, careless=careless)
     results: list[Result] = []
     with ThreadPoolExecutor(lanes + 1) as pool:
         walk = pool.submit(house.walk, seed)
         walk.add_done_callback(lambda done: house.give_up() if done.exception() else None)
         waiting = queue.SimpleQueue[Cut]()
         # Those that need little of the walk come first, so that nobody has to wait for the end of it.
-        for cut in sorted(plan(runs, seed), key=lambda cut: [*PHASES, BOOT].index(cut.phase)):
+        for cut in sorted(plan(runs, seed, phase), key=lambda cut: [*PHASES, BOOT].index(cut.phase)):
             waiting.put(cut)
 
         def work(lane: Lane) -> None:

@@ -200,8 +200,9 @@ class Deployer(threading.Thread):
         for size in X.shape:
             proto.tensor_shape.dim.add().size = size
         with grpc.insecure_channel(f"unix:{self.run_dir}/grpc.sock") as channel:
-            call = channel.unary_unary(PREDICT)
-            data, done = call.with_call(request.SerializeToString(), timeout=300, wait_for_ready=True)
+            data, done = channel.unary_unary(PREDICT).with_call(
+                request.SerializeToString(), timeout=300, wait_for_ready=True
+            )
         (answer,) = PredictResponse.FromString(data).outputs.values()
         y = np.array(answer.float_val, np.float32).reshape(X.shape)
         trailer = dict(done.trailing_metadata() or ())
@@ -222,7 +223,9 @@ def main() -> None:
     started = time.monotonic()
     line.tell("awake")
     reseed(job["seed"])
-    mark(line, job.get("stops", []))
+    if job["careless"]:
+        os.fsync = os.fdatasync = lambda descriptor: None  # to see that the cuts find it
+    mark(line, job["stops"])
     mount(device)
     line.tell("mounted", seconds=time.monotonic() - started)
     CONFIG.write_text(json.dumps(job["config"]))

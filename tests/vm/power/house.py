@@ -41,8 +41,9 @@ class Point:
 class House:
     """All that cuts have in common: the guest's parts, the frozen machines, the past."""
 
-    def __init__(self, folder: Path, seed: int, say: Callable[[str], None]) -> None:
+    def __init__(self, folder: Path, seed: int, say: Callable[[str], None], *, careless: bool = False) -> None:
         self.folder = folder
+        self.careless = careless
         self.say = say
         self.points: dict[str, Point] = {}
         self.failed = False
@@ -61,7 +62,8 @@ class House:
     def _parts(self) -> Guest:
         folder = self.folder
         root = image.root_image(folder / "root.img", folder / "staging")
-        program = f"{sys.executable} -I {image.REPOSITORY}/tests/vm/power/guest.py"
+        # As agent.serving has it, which the guest's program imports after gRPC.
+        program = f"GRPC_ENABLE_FORK_SUPPORT=0 {sys.executable} -I {image.REPOSITORY}/tests/vm/power/guest.py"
         initramfs = image.initramfs(folder / "initramfs", program)
         return Guest(image.vmlinuz(), initramfs, root, DISK)
 
@@ -97,7 +99,8 @@ class House:
             "log": {"level": "info", "format": "json"},
         }
         images = [f"{REGISTRY}/tiny:{version}" for version in (1, 2, 3)]
-        return {"seed": chance.randbytes(32).hex(), "config": config, "images": images, "stops": list(stops)}
+        seed = chance.randbytes(32).hex()
+        return {"seed": seed, "config": config, "images": images, "stops": list(stops), "careless": self.careless}
 
     def walk(self, seed: int) -> None:
         """One whole deployment, frozen where each phase begins; `points` fill up as it goes."""

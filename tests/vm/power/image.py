@@ -18,7 +18,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 CACHE = REPOSITORY / "build" / "vm"
-TOOLS = ("qemu-system-x86_64", "mkfs.ext4", "e2fsck", "debugfs", "cpio", "dpkg-deb", "apt-get")
+TOOLS = ("qemu-system-x86_64", "setpriv", "mkfs.ext4", "e2fsck", "debugfs", "cpio", "dpkg-deb", "apt-get")
 MODULES = ("virtio_ring", "virtio", "virtio_pci_modern_dev", "virtio_pci_legacy_dev", "virtio_pci", "virtio_blk")
 NETWORK = ("failover", "net_failover", "virtio_net")
 BUSYBOX = Path("/bin/busybox")

@@ -22,6 +22,7 @@ MEMORY = "1536M"
 REGISTRY = "10.0.2.100:5000"
 """Where guests find the registry; nothing else of the network can be reached."""
 COMMAND = (
+    "setpriv", "--pdeathsig", "KILL",  # no guest outlives the tests
     "qemu-system-x86_64", "-accel", "tcg", "-cpu", "max", "-smp", "2", "-m", MEMORY,
     "-nodefaults", "-no-reboot", "-display", "none",
 )  # fmt: skip
@@ -113,6 +114,8 @@ class Machine:
                 raise RuntimeError(f"the guest did not say {what!r}:\n{self.tail()}") from None
             if item is None:
                 raise RuntimeError(f"the guest is gone:\n{self.tail()}")
+            if item[1]["at"] == "failed":
+                raise RuntimeError(f"the guest met {item[1]['error']}:\n{self.tail()}")
             if item[1]["at"] == what:
                 return item[1]
 
