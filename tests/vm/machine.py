@@ -82,6 +82,7 @@ class Machine:
         while time.monotonic() < until:
             state = self.systemctl("is-system-running", check=False).strip()
             if state == "running":
+                self.systemctl("log-target", "journal")  # what systemd says from now on is of interest to tests
                 return
             if state == "degraded":
                 break
