@@ -55,6 +55,7 @@ async def load(tmp_path: Path) -> AsyncIterator[Start]:
 
 
 def config(folder: Path, *, slot: dict[str, Any] | None = None, **executor: Any) -> Config:
+    (folder / "state").mkdir(exist_ok=True)  # as the daemon does; the simulated card is made in it
     return Config.model_validate(
         {
             "embedded": True,
