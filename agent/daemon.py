@@ -25,6 +25,7 @@ from agent.commands.builtin import build_table
 from agent.config import Config
 from agent.errors import InvalidConfig, SlotdError, StorageError
 from agent.executor.sandbox import withhold_memory
+from agent.executor.spawn import drop_early
 from agent.health import confinement
 from agent.health.document import timestamp
 from agent.health.issues import Issues
@@ -271,6 +272,7 @@ class Daemon:
         if boot.committed is not None:
             notify_status(f"loading {boot.committed.name} {boot.committed.version}")
         await load(mend=False)  # a repair may take long, and the ports open first
+        await asyncio.to_thread(drop_early)  # there was nothing to load
 
         server = GrpcServer(config.serving, config.run_dir, dataplane)
         admin = AdminServer(config.run_dir / "admin.sock", table, host)

@@ -9,6 +9,11 @@ def main() -> None:
     """Entry point of `slotd`. Users see no traceback, unless SLOTD_TRACEBACK is set."""
     import os
 
+    if sys.argv[1:2] == ["run"] and "--help" not in sys.argv:
+        from agent.executor.spawn import start_early
+
+        start_early()  # before all that takes long to import
+
     from agent.cli.verbs import app
 
     try:

@@ -178,13 +178,6 @@ def _descriptors(data: bytes | bytearray, at: int, end: int) -> list[Descriptor]
 # --- the socket ------------------------------------------------------------------------------------------------------
 
 
-def pair() -> tuple[socket.socket, socket.socket]:
-    """(the parent's end, which never blocks; the child's end)."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    ours.setblocking(False)
-    return ours, theirs
-
-
 def send(sock: socket.socket, data: bytes, fds: Sequence[int] = ()) -> None:
     """One datagram. Raises BlockingIOError as the socket is set, ChannelClosed if the other side has gone."""
     try:

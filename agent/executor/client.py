@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import os
 import signal
+import socket
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -19,6 +20,7 @@ from agent.executor.call import Call, Input, Reply
 from agent.executor.channel import ChannelClosed, ChannelError, Kind, Record
 from agent.executor.launch import Launch, launch_decoder, launch_model
 from agent.executor.process import Exit, Process
+from agent.executor.spawn import Spawned, pair, spawn, take_early
 from agent.executor.traffic import Traffic, error_of
 
 __all__ = [
@@ -59,19 +61,17 @@ class Worker:
         self._fault: str | None = None
         first = 1 if launch.output is None else 2
         maps = {os.fstat(fd).st_ino: number for number, fd in enumerate(launch.maps, first)}
-        self._socket, theirs = channel.pair()
+        self.arena = Arena(launch.arena)
         try:
-            self.arena = Arena(launch.arena)
+            self._socket, spawned = _child(launch)
             try:
-                self._process = Process(launch.argv, theirs, role=launch.role, idle=launch.idle, on_exit=self._reaped)
+                self._process = Process(spawned, role=launch.role, idle=launch.idle, on_exit=self._reaped)
             except BaseException:
-                self.arena.close()
+                self._socket.close()
                 raise
         except BaseException:
-            self._socket.close()
+            self.arena.close()
             raise
-        finally:
-            theirs.close()
         self.pid = self._process.pid
         self._traffic = Traffic(
             self._socket,
@@ -251,3 +251,18 @@ class Worker:
         if not self._ready.done() and ("bad_alloc" in words or "MemoryError" in words):
             return ExecutorError(f"{who} ran out of memory: {words}", code="OUT_OF_MEMORY")
         return ExecutorDied(f"{who} ended ({exit_})" + (f": {words}" if words else ""))
+
+
+def _child(launch: Launch) -> tuple[socket.socket, Spawned]:
+    """Our end of its channel, and the child: the one that was started ahead, if it will do, or a new one."""
+    early = take_early(launch.argv) if launch.hello.get("kind") == "model" else None
+    if early is not None:
+        return early
+    ours, theirs = pair()
+    try:
+        return ours, spawn(launch.argv, theirs)
+    except BaseException:
+        ours.close()
+        raise
+    finally:
+        theirs.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +12,7 @@ from agent.executor.needs import grants_of
 from agent.executor.plan import plan_of
 from agent.executor.sandbox import Grants
 from agent.executor.sandbox.grants import DAC_READ_SEARCH
+from agent.executor.spawn import WORKER
 from agent.model.spec import Model
 from drivers import make
 
@@ -31,7 +31,7 @@ class Launch:
     """Private memory that it may use (RLIMIT_DATA)."""
     grants: Grants = field(default_factory=Grants)
     """What it may use of the host."""
-    argv: tuple[str, ...] = (sys.executable, "-I", "-m", "agent.executor.worker")
+    argv: tuple[str, ...] = WORKER
     idle: bool = False
     """Start it at SCHED_IDLE; `Worker.normal_priority` lifts it."""
     maps: Sequence[int] = ()

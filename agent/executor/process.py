@@ -1,16 +1,16 @@
-"""One child process of the agent: how it is spawned, watched, listened to and ended. No thread, no SIGCHLD handler."""
+"""One child process of the agent: how it is watched, listened to and ended. No thread, no SIGCHLD handler."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import signal
-import socket
-import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import structlog
+
+from agent.executor.spawn import Spawned
 
 log = structlog.get_logger(__name__)
 
@@ -18,14 +18,6 @@ TAIL = 4096
 """Bytes of a child's last words that are kept for the error message."""
 LINES_A_SECOND = 20.0
 LINES_AT_ONCE = 100.0
-_PASSED_ON = ("PATH", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH")
-# numpy would start threads as it is imported, and those would stay outside of the sandbox.
-_OWN = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-
-
-def environment() -> dict[str, str]:
-    """What a child knows of ours."""
-    return {name: os.environ[name] for name in _PASSED_ON if name in os.environ} | _OWN
 
 
 @dataclass(frozen=True)
@@ -46,12 +38,10 @@ class Exit:
 
 
 class Process:
-    """A running child, whose standard input is `channel` and whose output goes to the log."""
+    """A running child whose output goes to the log."""
 
-    def __init__(
-        self, argv: Sequence[str], channel: socket.socket, *, role: str, idle: bool, on_exit: Callable[[], None]
-    ) -> None:
-        """`on_exit` is called once, when the child was reaped and `exit` is set. Raises OSError."""
+    def __init__(self, spawned: Spawned, *, role: str, idle: bool, on_exit: Callable[[], None]) -> None:
+        """`on_exit` is called once, when the child was reaped and `exit` is set. Raises OSError, and it is killed."""
         self.role = role
         self.exit: Exit | None = None
         self._loop = asyncio.get_running_loop()
@@ -61,24 +51,7 @@ class Process:
         self._allowance = LINES_AT_ONCE
         self._counted = self._loop.time()
         self._dropped = 0
-        self._words, theirs = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        try:
-            os.set_blocking(theirs, True)
-            self._popen = subprocess.Popen(
-                tuple(argv),
-                stdin=channel.fileno(),
-                stdout=theirs,
-                stderr=theirs,
-                close_fds=True,
-                start_new_session=True,  # a Ctrl-C is for the agent, which ends its children in order
-                cwd="/",
-                env=environment(),
-            )
-        except BaseException:
-            os.close(self._words)
-            raise
-        finally:
-            os.close(theirs)
+        self._popen, self._words = spawned
         self.pid = self._popen.pid
         try:
             self._pidfd = os.pidfd_open(self.pid)  # our own unreaped child: the pid cannot be another's

@@ -23,7 +23,7 @@ from typing import Any
 import structlog
 
 from agent.errors import SlotdError, SlotError
-from agent.executor.process import environment
+from agent.executor.spawn import environment
 from drivers.base import SlotState, Wanted
 
 VERBS = ("program", "check", "reset-port", "reset-function")

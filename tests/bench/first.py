@@ -33,15 +33,17 @@ def run(folder: Path, pairs: int, noise: Noise) -> list[Result]:
         assert host.stop() == 0
 
         def ours() -> float:
+            argv = [sys.executable, "-m", "agent", "run", "--config", str(folder / "config.yaml")]
             begun = time.monotonic()
-            host.start(wait=False)
-            try:
-                served.append(first_answer(host.run_dir / "grpc.sock", data, digest))
-                return time.monotonic() - begun
-            finally:
-                host.await_ready()
-                host.until_host("slot")
-                assert host.stop() == 0
+            with host.log.open("ab") as log, subprocess.Popen(argv, stdout=log, stderr=log) as daemon:
+                try:
+                    served.append(first_answer(host.run_dir / "grpc.sock", data, digest))
+                    took = time.monotonic() - begun
+                    host.until_host("slot")
+                finally:
+                    daemon.terminate()
+                assert daemon.wait(30) == 0, host.tail()
+            return took
 
         ratio, own, other = alternate(ours, lambda: bare(model / "model.onnx"), pairs, noise)
     details = {

@@ -21,9 +21,9 @@ sys.path.append(sys.argv[3])
 
 from agent.config import Config
 from agent.executor.client import DecodedMemory, Launch, Worker, launch_decoder, launch_model
-from agent.executor.process import environment
 from agent.executor.programmer import run_programmer
 from agent.executor.sandbox import withhold_memory
+from agent.executor.spawn import environment
 from agent.model.spec import Model, read_spec
 from agent.serving import handover
 from drivers.base import Wanted

@@ -22,6 +22,7 @@ from agent.executor.channel import (
     pack,
     unpack,
 )
+from agent.executor.spawn import pair
 from agent.model.signature import DType
 
 descriptors = st.lists(
@@ -60,7 +61,7 @@ RECORD = Record(
 
 @pytest.fixture
 def ends() -> tuple[socket.socket, socket.socket]:
-    ours, theirs = channel.pair()
+    ours, theirs = pair()
     return ours, theirs
 
 
