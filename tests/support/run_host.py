@@ -48,7 +48,7 @@ def make_frail() -> None:
 
 
 def hold(phase: str, file: Path) -> None:
-    """Deployments stay in that phase while the file is there; `*`: in the one that the file names."""
+    """Deployments stay where they are while the file is there."""
     enter = Deployments._enter
 
     async def and_wait(self: Deployments, deployment: Deployment, name: Phase) -> None:
