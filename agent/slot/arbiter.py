@@ -370,7 +370,7 @@ class Arbiter:
         if running.rolling_back:
             raise CommandRefused(f"{running.id} is already going back", code="TOO_LATE")
         if running.phase is Phase.COMMIT:
-            raise CommandRefused(f"{running.id} is being committed", hint="use slotd rollback", code="TOO_LATE")
+            raise CommandRefused(f"{running.id} is being committed", hint="slotd rollback goes back", code="TOO_LATE")
         if running.over:
             raise CommandRefused(f"{running.id} is ending", code="TOO_LATE")
         running.called_off = running.called_off or why
@@ -409,6 +409,7 @@ class Arbiter:
 
     def restored(self, turn: Turn, error: SlotdError, *, in_slot: bool) -> Outcome:
         """How it ends after the roll-back: cancelled, rolled back, or failed if the slot could not be won back."""
+        turn.over = True
         if self.committed is None or not in_slot:
             return Outcome.CANCELLED if self.committed is None and isinstance(error, Cancelled) else Outcome.FAILED
         return Outcome.CANCELLED if isinstance(error, Cancelled) else Outcome.ROLLED_BACK

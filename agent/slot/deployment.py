@@ -137,9 +137,12 @@ class Deployments:
     async def rollback(self, actor: str) -> Deployment:
         """Calls off the deployment in hand; without one, deploys the previous model."""
         running = self.arbiter.running
-        if running is not None and running.wish != UNDEPLOY:
+        if running is not None and running.over:
+            running = None  # what it was is settled: this is about the model before it
+        committing = running is not None and running.phase is Phase.COMMIT
+        if running is not None and running.wish != UNDEPLOY and not committing:
             return await self.cancel(running.id, actor, why=Cancelled(f"rolled back by {actor}"))
-        previous = self.boot.previous
+        previous = self.boot.committed if committing else self.boot.previous
         self.arbiter.rollback_target(previous.digest if previous else None)
         assert previous is not None
         # What was committed once was allowed once: a way back that asks for leave again is none.

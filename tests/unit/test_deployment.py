@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -466,10 +467,12 @@ async def test_cancel_of_a_deployment_that_is_ending(host: Host, ending: str) ->
         await host.stand.until("resolve")
         await host.deployments.cancel(None, "test")
     await asyncio.wait_for(writing.wait(), 10)
-    for command in (host.deployments.cancel(None, "again"), host.deployments.rollback("again")):
-        with pytest.raises(CommandRefused) as refused:
-            await command
-        assert refused.value.code == "TOO_LATE"
+    with pytest.raises(CommandRefused) as refused:
+        await host.deployments.cancel(None, "again")
+    assert refused.value.code == "TOO_LATE"
+    with pytest.raises(Refused) as none:
+        await host.deployments.rollback("again")
+    assert none.value.code == "NO_PREVIOUS"
     assert (await host.deploy("third:1")).id != deployment.id
     host.stand.faults.clear()
     host.stand.holds.clear()
@@ -478,6 +481,39 @@ async def test_cancel_of_a_deployment_that_is_ending(host: Host, ending: str) ->
     assert deployment.outcome is Outcome(ending)
     await host.idle()
     assert host.arbiter.committed == THIRD
+
+
+@pytest.mark.parametrize("moment", ["while boot.json is written", "while the end is journaled"])
+async def test_rollback_of_what_has_just_been_committed(
+    host: Host, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """Who sees `committed` and wants back at once is not told that it is too late."""
+    gate = host.stand.hold("collect")
+    if moment == "while boot.json is written":
+        gate = asyncio.Event()
+        write, reached = procedure.write_boot, asyncio.Event()
+        loop, held = asyncio.get_running_loop(), threading.Event()
+
+        def slowly(*arguments: Any) -> Any:
+            loop.call_soon_threadsafe(reached.set)
+            held.wait(10)
+            return write(*arguments)
+
+        monkeypatch.setattr(procedure, "write_boot", slowly)
+    first = await host.deploy()
+    if moment == "while boot.json is written":
+        await asyncio.wait_for(reached.wait(), 10)
+        back = await host.deployments.rollback("test")
+        held.set()
+    else:
+        await host.stand.until("collect")
+        back = await host.deployments.rollback("test")
+    host.stand.holds.clear()
+    gate.set()
+    assert (await host.ended(first)).outcome is Outcome.COMMITTED
+    assert (await host.ended(back)).outcome is Outcome.COMMITTED
+    assert host.arbiter.committed == OLD
+    assert host.deployments.boot.previous is not None and host.deployments.boot.previous.digest == NEW
 
 
 async def test_nobody_joins_what_is_ending(host: Host) -> None:
