@@ -75,9 +75,7 @@ def configure(config: LogConfig, *, stream: TextIO | None = None) -> None:
         )
     )
     root = logging.getLogger()
-    for old in root.handlers[:]:
-        root.removeHandler(old)
-    root.addHandler(handler)
+    root.handlers[:] = [handler]  # at once: other threads log meanwhile
     root.setLevel(level)
     for name in _QUIET:
         logging.getLogger(name).setLevel(logging.NOTSET if level == logging.DEBUG else logging.WARNING)

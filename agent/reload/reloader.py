@@ -121,7 +121,7 @@ class Reloader:
     async def _came_up(self) -> None:
         """The start went well: what it was started with is good. A change since the last start is told."""
         loaded = self._loaded
-        if loaded.source != "file":
+        if loaded.source != "file" or self._pending:
             return
         good = await asyncio.to_thread(read_good, self.running.state_dir, loaded.path, embedded=loaded.embedded)
         if good is not None and good.text == loaded.text:

@@ -15,7 +15,9 @@ from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from agent.cli.verbs import app
 from agent.commands.table import Actor
 from agent.config import EFFECTS, MAX_BYTES, MAX_FAULTS, Config, Effect, parse_config, read_config, read_file
 from agent.errors import InvalidConfig, StorageError, revive
@@ -660,6 +662,15 @@ class TestReloader:
         assert (kind, event["actor"]) == ("config_changed", "boot: start")
         assert event["changed"] == [{"field": "device", "from": "a", "to": "b", "effect": "restart"}]
 
+    async def test_what_waits_for_a_restart_is_not_good_at_a_start_either(self, rig: Rig) -> None:
+        rig.write(device="b")
+        await rig.reloader.reload(ME)  # before all was up
+        task = asyncio.create_task(rig.reloader.run())
+        await asyncio.sleep(0.3)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert rig.good is None
+
     async def test_fifty_at_once_come_one_after_the_other(self, rig: Rig) -> None:
         async def one(number: int) -> None:
             rig.write(serving={"max_queue": number})
@@ -669,6 +680,18 @@ class TestReloader:
         assert rig.reloader.running.serving.max_queue == 50
         assert rig.told == ["RELOADING", "READY"] * 50
         assert rig.good == rig.path.read_text()
+
+
+def test_each_field_is_listed_with_when_it_takes_effect(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("embedded: true\nslot: {load_timeout: 7s}\n")
+    said = CliRunner().invoke(app, ["check", "--fields", "--config", str(path)], env={"COLUMNS": "160"})
+    rows = {line.split()[0]: line.strip().split(maxsplit=2)[1:] for line in said.stdout.splitlines()}
+    assert said.exit_code == 0
+    assert set(rows) == {"field", *EFFECTS}
+    assert rows["slot.load_timeout"] == ["7.0", "on a reload"]
+    assert rows["executor.threads"] == ["0", "on a reload, for executors that start after it"]
+    assert rows["serving.grpc.max_streams"] == ["256", "at the next start"]
 
 
 class Rig:
