@@ -1,4 +1,4 @@
-"""`run_host.py` with a probe beside it: each time the event loop stood still, as a line in the file STALLS.
+"""`run_host.py` with a probe beside it: each time the event loop stood still, as a line in the file PROBED.
 
 A line is three numbers: when (monotonic clock), for how many seconds, and how much of that the loop's own thread
 computed. On a machine with other work the second is large without anybody being at fault; the third is not.
@@ -34,7 +34,7 @@ async def probe(file: Path) -> None:
 
 
 async def probed(self: Daemon) -> int:
-    task = asyncio.create_task(probe(Path(os.environ["STALLS"])), name="stall-probe")
+    task = asyncio.create_task(probe(Path(os.environ["PROBED"])), name="stall-probe")
     try:
         return await run(self)
     finally:

@@ -94,7 +94,7 @@ def probed_host(folder: Path, **settings: Any) -> Iterator[tuple[Host, Watch]]:
     watch.file.touch()
     host = Host(folder, **settings)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("STALLS", str(watch.file))
+        patch.setenv("PROBED", str(watch.file))
         patch.setattr(host_module, "RUNNER", Path(__file__).with_name("probed_host.py"))
         host.start()
     try:
