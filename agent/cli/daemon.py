@@ -34,7 +34,7 @@ def run(config: ConfigOption = None, embedded: EmbeddedOption = False) -> None:
 
     from agent.memory import tune_malloc
 
-    faulthandler.enable()  # a watchdog that was missed (SIGABRT) tells where the loop stood
+    faulthandler.enable(2)  # a watchdog that was missed (SIGABRT) tells where the loop stood
     tune_malloc()  # before anything large is imported
     from agent.logs import configure
     from agent.reload.source import load
