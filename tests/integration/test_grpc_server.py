@@ -330,7 +330,7 @@ async def test_requests_in_hand_are_bounded_in_bytes(tmp_path: Path, monkeypatch
 
 
 async def test_the_parse_child_may_die(house: House, client: TfsClient) -> None:
-    data = predict_request({"x": np.zeros(2 << 20, np.float32)}, content=True).SerializeToString()
+    data = predict_request({"x": np.zeros(2 << 20, np.int32)}, content=False).SerializeToString()
     await client.send(data)
     (child,) = _parse_children()
     child.kill()  # idle: nobody notices
