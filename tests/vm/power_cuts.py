@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import resource
 import sys
 import tempfile
 import time
@@ -47,7 +48,9 @@ def main() -> int:
             careless=options.careless,
         )
     faulty = sum(bool(result.faults) for result in results)
-    print(f"\n{table(results)}\n\n{len(results)} cuts with seed {options.seed}, {faulty} with faults")
+    spent = sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    print(f"\n{table(results)}\n")
+    print(f"{len(results)} cuts with seed {options.seed}, {faulty} with faults; {spent:.0f} s of CPU")
     return 1 if faulty or len(results) < options.runs else 0
 
 
