@@ -69,7 +69,8 @@ format: venv ## Format the sources
 	$(VENV)/bin/ruff check --fix .
 
 test: venv tools lint ## Everything that must pass before anything lands
-	$(PYTEST) -q -m "not long and not tensorflow and not vm"
+	$(PYTEST) -q -n 3 --dist worksteal -m "not long and not tensorflow and not vm and not alone"
+	$(PYTEST) -q -m "alone and not long"
 
 tools-vm: ## Install what boots the machines that tests run in
 	@for tool in $(TOOLS_VM); do command -v $$tool >/dev/null || missing="$$missing $$tool"; done; \

@@ -190,6 +190,12 @@ class Deployments:
 
     @property
     def running(self) -> Deployment | None:
+        """The one in hand; None once its outcome is known, though its turn may not have ended."""
+        one = self._in_hand
+        return one if one is not None and one.outcome is None else None
+
+    @property
+    def _in_hand(self) -> Deployment | None:
         return self._all.get(self.arbiter.running.id) if self.arbiter.running else None
 
     @property
@@ -202,7 +208,7 @@ class Deployments:
         self._watchers.add(event)
         try:
             while True:
-                deployment = self._all.get(task) if task else self.running
+                deployment = self._all.get(task) if task else self._in_hand
                 if deployment is not None:
                     yield deployment.as_dict()
                     if task and deployment.done.is_set():

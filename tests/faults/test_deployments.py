@@ -54,8 +54,11 @@ def test_a_fault_of_the_new_model_rolls_back(host: Host, name: str) -> None:
     assert status["last"]["error"]["code"] == code
     assert status["committed"]["version"] == "1"
     assert status["slot"]["accelerator"] == OLD
-    y, metadata = host.predict(X)
-    np.testing.assert_allclose(y, X * 2 + 1, rtol=1e-6)
+    for _ in range(3):  # on a busy machine one request may be helped out by the bridge
+        y, metadata = host.predict(X)
+        np.testing.assert_allclose(y, X * 2 + 1, rtol=1e-6)
+        if metadata["slotd-served-by"] == "slot":
+            break
     assert metadata["slotd-served-by"] == "slot"
 
 

@@ -99,7 +99,7 @@ def sigterm(host: Host, task: str, phase: Phase) -> int:
     host.let_go()
     host.start()
     assert host.predict(X)[0].shape == (1, 4)
-    document = host.call("task", task=task)
+    document = host.ended(task)
     assert document["error"]["code"] == "INTERRUPTED", document
     again = host.until(lambda: (lambda s: s["last"] if not s["deployment"] else None)(host.status()))
     assert again["outcome"] == "committed", again

@@ -12,6 +12,7 @@ CONSTANT = 4 << 10
 """KiB that memory may grow by, however many swaps there were."""
 
 
+@pytest.mark.alone
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("swaps", [200, pytest.param(1000, marks=pytest.mark.long)])
 def test_swaps_under_load(swaps: int, tmp_path: Path, record_property: pytest.RecordProperty) -> None:

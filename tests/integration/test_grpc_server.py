@@ -123,6 +123,7 @@ async def test_the_bytes_that_the_azureml_client_sends(house: House, client: Tfs
     assert list(answer.response.outputs["scores"].float_val) == X.ravel().tolist()
 
 
+@pytest.mark.alone
 async def test_large_request_and_reply_without_a_stall(house: House, client: TfsClient) -> None:
     big = np.arange(7 << 20, dtype=np.float32)
     data = predict_request({"x": big}, content=True).SerializeToString()
@@ -256,6 +257,7 @@ async def test_a_wrong_priority_is_refused(client: TfsClient, priority: str) -> 
     assert "slotd-priority" in error.details()
 
 
+@pytest.mark.alone
 async def test_garbage_is_refused_and_changes_nothing(house: House, client: TfsClient) -> None:
     for data in (b"\xff" * 100, b"\x12\x05abc", os.urandom(1000), b"\x0b" * 70_000, b"\x12" + b"\xff" * 600_000):
         async with stall_probe(label=f"{len(data)} bytes of garbage"):
@@ -266,6 +268,7 @@ async def test_garbage_is_refused_and_changes_nothing(house: House, client: TfsC
     await client.predict({"x": X})
 
 
+@pytest.mark.alone
 async def test_two_million_empty_strings(house: House, client: TfsClient) -> None:
     request = predict_request({"pictures": Strings((2_000_000,), [b""] * 2_000_000)}).SerializeToString()
     async with stall_probe(label="2,000,000 empty strings"):
@@ -276,6 +279,7 @@ async def test_two_million_empty_strings(house: House, client: TfsClient) -> Non
 
 
 @pytest.mark.parametrize("unit", [b"\x12\x00", b"\x1a\x00", b"\x12\x04\x12\x02\x12\x00"])
+@pytest.mark.alone
 async def test_small_parts_without_end(client: TfsClient, unit: bytes) -> None:
     data = unit * ((4 << 20) // len(unit))
     async with stall_probe(label=f"4 MiB of {unit!r}"):

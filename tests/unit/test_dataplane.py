@@ -241,7 +241,7 @@ async def test_no_hedge_where_the_bridge_would_be_too_late() -> None:
 
 async def test_the_slot_may_still_win() -> None:
     bench = Bench()
-    bench.slot.delay, bench.bridge.delay = 0.1, 0.5
+    bench.slot.delay, bench.bridge.delay = 0.4, 2.0
     assert await bench.ask() == (2.0, "slot")
     assert bench.bridge.calls[0].cancelled
     bench.bridge.calls[0].answer()

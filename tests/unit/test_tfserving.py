@@ -289,6 +289,7 @@ def test_where_a_message_is_parsed(wire: bytes, light: bool) -> None:
         {"a": np.arange(500_000, dtype=np.int64), "b": np.array([True, False]), "c": Strings((0,), [])},
     ],
 )
+@pytest.mark.alone
 async def test_the_child_reads_what_would_be_read_here(inputs: dict[str, Tensor]) -> None:
     wire = predict_request(inputs, model="m", version=4, label="", outputs=["é"]).SerializeToString()
     assert len(wire) > LARGE or not is_light(wire)
@@ -306,6 +307,7 @@ async def test_the_child_reads_what_would_be_read_here(inputs: dict[str, Tensor]
         same(parsed.inputs[name], tensor)
 
 
+@pytest.mark.alone
 async def test_a_small_message_that_becomes_large_is_made_in_the_child() -> None:
     wire = PredictRequest(inputs={"x": proto(1, (7 << 20,), float_val=[2])}).SerializeToString()
     parser = Parser(MOST)
@@ -320,6 +322,7 @@ async def test_a_small_message_that_becomes_large_is_made_in_the_child() -> None
         await parser.close()
 
 
+@pytest.mark.alone
 async def test_hostile_messages_do_not_stop_the_loop() -> None:
     messages = {
         "15,000,000 empty strings": PredictRequest(

@@ -88,6 +88,7 @@ async def test_overflow_lives_as_long_as_its_tensor(worker: Worker) -> None:
     assert open_files() < before
 
 
+@pytest.mark.alone
 async def test_large_tensors_do_not_hold_the_loop() -> None:
     worker = await start("hash_child", arena=256 << 20)
     large = np.random.default_rng(1).integers(0, 255, 64 << 20, np.uint8)
