@@ -18,7 +18,7 @@ from support.host import PREDICT, Host, request_bytes
 from support.tiny import scale_of
 
 # Generator, bridge and slot share the cores of this machine; beside other work the figures are not the product's.
-pytestmark = pytest.mark.alone
+pytestmark = [pytest.mark.long, pytest.mark.alone]
 WORK = 180
 """Multiplications that make the CPU twin tens of times slower than the simulated slot."""
 DEADLINE = 1.0
