@@ -6,6 +6,7 @@ lock · boot.json · journal · the committed model on the CPU · servers · REA
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import time
@@ -14,14 +15,12 @@ from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 import uvloop
 
 from agent import __version__
-from agent.commands.admin import AdminServer
-from agent.commands.builtin import build_table
 from agent.config import Config
 from agent.errors import InvalidConfig, SlotdError, StorageError
 from agent.executor.sandbox import withhold_memory
@@ -29,19 +28,14 @@ from agent.executor.spawn import drop_early
 from agent.health import confinement
 from agent.health.document import timestamp
 from agent.health.issues import Issues
-from agent.host import SlotHost
 from agent.images.source import ImageSource
 from agent.journal.database import Journal
 from agent.journal.lock import take_lock
 from agent.journal.outbox import Outbox
-from agent.link.keeper import LinkKeeper
-from agent.link.mqtt import Link
 from agent.logs import configure as configure_logs
-from agent.reload.reloader import Reloader
 from agent.reload.source import Loaded
 from agent.service import Watchdog, keep_waiting, notify_ready, notify_status, notify_stopping
 from agent.serving.dataplane import Dataplane
-from agent.serving.listen import GrpcServer
 from agent.serving.trials import Trials
 from agent.slot.admission import Admission
 from agent.slot.arbiter import Arbiter, Continuity
@@ -53,6 +47,10 @@ from agent.storage import BootRecords, Storage, load_committed
 from agent.upgrade import TakenBack, read_taken_back
 from agent.upgrade import report as report_taken_back
 from drivers import make
+
+if TYPE_CHECKING:
+    from agent.host import SlotHost
+    from agent.link.keeper import LinkKeeper
 
 log = structlog.get_logger(__name__)
 
@@ -260,20 +258,27 @@ class Daemon:
         if boot.generation:
             await deployments.books.remember(boot)
         await deployments.open()
-        host = self.host = SlotHost(
-            config, self.boot_id, arbiter, dataplane, installer, recovery, deployments, issues.list
-        )
-        table = build_table(host)
-
         arbiter.committed = boot.committed.digest if boot.committed else None
 
         load = partial(load_committed, deployments, images, residents, arbiter, issues)
         recovery.load_committed = partial(load, mend=True)
         if boot.committed is not None:
             notify_status(f"loading {boot.committed.name} {boot.committed.version}")
-        await load(mend=False)  # a repair may take long, and the ports open first
+        # A repair may take long, and the ports open first.
+        await asyncio.gather(load(mend=False), asyncio.to_thread(_bring_the_rest))
         await asyncio.to_thread(drop_early)  # there was nothing to load
+        from agent.commands.admin import AdminServer
+        from agent.commands.builtin import build_table
+        from agent.host import SlotHost
+        from agent.link.keeper import LinkKeeper
+        from agent.link.mqtt import Link
+        from agent.reload.reloader import Reloader
+        from agent.serving.listen import GrpcServer
 
+        host = self.host = SlotHost(
+            config, self.boot_id, arbiter, dataplane, installer, recovery, deployments, issues.list
+        )
+        table = build_table(host)
         server = GrpcServer(config.serving, config.run_dir, dataplane)
         admin = AdminServer(config.run_dir / "admin.sock", table, host)
         host.listen = await server.start()
@@ -309,6 +314,9 @@ class Daemon:
         reloader = host.reloader = Reloader(self.loaded, apply, issues, teller.tell, self.hung_up)
 
         host.restart_gap = await _gap(journal)
+        # What is there now stays. Collections need not look at it again, which stops the loop for tens of milliseconds.
+        gc.freeze()
+        gc.enable()
         notify_ready()
         tasks.spawn(Watchdog().run(), "watchdog")
         tasks.spawn(self._tell_status(host), "status-line")
@@ -384,6 +392,16 @@ def run(loaded: Loaded) -> int:
     withhold_memory()  # its keys and its clients' data are not for its children
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(Daemon(loaded).run())
+
+
+def _bring_the_rest() -> None:
+    """Imports what a model can be loaded without; that takes as long as loading, and is done beside it."""
+    import agent.commands.admin
+    import agent.commands.builtin
+    import agent.host
+    import agent.link.mqtt
+    import agent.reload.reloader
+    import agent.serving.listen  # noqa: F401
 
 
 def _make_folders(config: Config) -> None:

@@ -7,12 +7,14 @@ import sys
 
 def main() -> None:
     """Entry point of `slotd`. Users see no traceback, unless SLOTD_TRACEBACK is set."""
+    import gc
     import os
 
     if sys.argv[1:2] == ["run"] and "--help" not in sys.argv:
         from agent.executor.spawn import start_early
 
         start_early()  # before all that takes long to import
+        gc.disable()  # until the daemon is ready: there is no garbage before
 
     from agent.cli.verbs import app
 

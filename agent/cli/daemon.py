@@ -31,11 +31,17 @@ def run(config: ConfigOption = None, embedded: EmbeddedOption = False) -> None:
     and no file at all it takes the defaults.
     """
     import faulthandler
+    import sys
 
     from agent.memory import tune_malloc
 
     faulthandler.enable(2)  # a watchdog that was missed (SIGABRT) tells where the loop stood
     tune_malloc()  # before anything large is imported
+    # structlog would import rich, a twentieth of the start, for tracebacks in colour that the daemon never writes.
+    sys.modules["rich"] = None  # type: ignore[assignment]
+    import structlog  # noqa: F401
+
+    del sys.modules["rich"]
     from agent.logs import configure
     from agent.reload.source import load
 
