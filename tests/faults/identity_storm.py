@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -18,6 +19,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--share", type=float, default=0.8, help="load over the bridge's measured capacity")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started is ended in order
     with tempfile.TemporaryDirectory(prefix="slotd-storm-") as folder:
         report = IdentityStorm(Path(folder), arguments.runs, arguments.seed, share=arguments.share).run()
     print(report)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -19,6 +20,7 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=20, help="swaps; the phases take turns")
     parser.add_argument("--rate", type=float, default=RATE, help="requests a second")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started is ended in order
     with tempfile.TemporaryDirectory(prefix="slotd-small-") as folder:
         report = SmallHost(Path(folder), swaps=arguments.runs, rate=arguments.rate).run()
     print(report)
