@@ -14,7 +14,8 @@ CONSTANT = 4 << 10
 
 @pytest.mark.alone
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("swaps", [200, pytest.param(1000, marks=pytest.mark.long)])
+@pytest.mark.alone
+@pytest.mark.parametrize("swaps", [30, *(pytest.param(swaps, marks=pytest.mark.long) for swaps in (200, 1000))])
 def test_swaps_under_load(swaps: int, tmp_path: Path, record_property: pytest.RecordProperty) -> None:
     report = IdentityStorm(tmp_path, swaps, seed=1).run()
     print(f"\n{report}")
