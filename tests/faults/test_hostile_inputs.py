@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[2]
 
 CONFIGS: dict[str, tuple[bytes, tuple[str, ...]]] = {
     "no YAML": (b"slot: [", ("is not YAML", "line 1")),
-    "no text": (b"\xff\xfe\0slot", ("is not YAML",)),
+    "no text": (b"\xff\xfe\0slot", ("is not text in UTF-8",)),
     "no mapping": (b"- slot\n", ("must be a mapping of sections",)),
     "unknown section": (b"colour: red\n", (": colour: there is no such field", "config.example.yaml")),
     "unknown field": (b"slot: {drain_timout: 5s}\n", (": slot.drain_timout: there is no such field",)),

@@ -174,7 +174,7 @@ def test_systemd_is_told(host: Host) -> None:
     host.start(WATCHDOG_USEC="400000")
     assert host.process is not None
     host.until_host("slot")
-    host.until(lambda: any("slot: tiny" in one.get("STATUS", "") for one in told(host)))
+    host.until(lambda: any("answers from the slot" in one.get("STATUS", "") for one in told(host)))
     ready = next(one for one in told(host) if "READY" in one)
     assert ready["MAINPID"] == str(host.process.pid)
     host.until(lambda: sum("WATCHDOG" in one for one in told(host)) >= 5)

@@ -210,6 +210,7 @@ async def test_a_late_answer_clears_the_slot() -> None:
     bench.idle()
 
 
+@pytest.mark.alone
 async def test_short_deadlines_bring_a_slow_slot_into_no_doubt() -> None:
     bench = Bench()
     bench.slot.delay = 0.03
@@ -223,6 +224,7 @@ async def test_short_deadlines_bring_a_slow_slot_into_no_doubt() -> None:
     bench.idle()
 
 
+@pytest.mark.alone
 async def test_a_deadline_not_much_beyond_a_hangs_time_is_kept() -> None:
     """Between one and two times the patience there was no hedge at all."""
     bench = Bench()
