@@ -32,7 +32,10 @@ INIT = """#!/bin/busybox sh
 for module in {modules}; do /bin/busybox insmod /$module.ko; done
 /bin/busybox mount -t ext4 -o ro,noload /dev/vda /root || /bin/busybox poweroff -f
 for place in proc sys dev; do /bin/busybox mount --move /$place /root/$place; done
-for place in tmp run mnt; do /bin/busybox mount -t tmpfs tmpfs /root/$place; done
+# The repository may lie below one of them: then it must not be covered.
+for place in tmp run mnt; do
+  test -n "$(/bin/busybox ls -A /root/$place)" || /bin/busybox mount -t tmpfs tmpfs /root/$place
+done
 /bin/busybox mkdir -p /root/dev/shm && /bin/busybox mount -t tmpfs shm /root/dev/shm
 /bin/busybox ip link set lo up
 /bin/busybox ip addr add 10.0.2.15/24 dev eth0
