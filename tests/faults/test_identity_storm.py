@@ -12,10 +12,11 @@ CONSTANT = 4 << 10
 """KiB that memory may grow by, however many swaps there were."""
 
 
+# Beside other work the bridge falls below the capacity that was measured, and sheds: on demand until it holds there.
+@pytest.mark.long
 @pytest.mark.alone
 @pytest.mark.timeout(3600)
-@pytest.mark.alone
-@pytest.mark.parametrize("swaps", [30, *(pytest.param(swaps, marks=pytest.mark.long) for swaps in (200, 1000))])
+@pytest.mark.parametrize("swaps", [30, 200, 1000])
 def test_swaps_under_load(swaps: int, tmp_path: Path, record_property: pytest.RecordProperty) -> None:
     report = IdentityStorm(tmp_path, swaps, seed=1).run()
     print(f"\n{report}")

@@ -63,7 +63,8 @@ class House:
         folder = self.folder
         root = image.root_image(folder / "root.img", folder / "staging")
         # As agent.serving has it, which the guest's program imports after gRPC.
-        program = f"TMPDIR=/run GRPC_ENABLE_FORK_SUPPORT=0 {sys.executable} -I {image.REPOSITORY}/tests/vm/power/guest.py"
+        environment = "TMPDIR=/run GRPC_ENABLE_FORK_SUPPORT=0"
+        program = f"{environment} {sys.executable} -I {image.REPOSITORY}/tests/vm/power/guest.py"
         initramfs = image.initramfs(folder / "initramfs", program)
         return Guest(image.vmlinuz(), initramfs, root, DISK)
 
