@@ -478,6 +478,7 @@ async def test_a_wish_that_was_cut_off_is_tried_for_a_new_revision(broker: Mosqu
             host.at_once = False
             await other.publish("desired", {"image": "r/a:1", "revision": 1}, retain=True)
             await other.next("reported", lambda d: d["desired"].get("state") == "applying")
+            await until(lambda: parts.link._wishes._memory.task is not None)  # it is reported before it is asked for
         host.finish("failed", {"code": "INTERRUPTED", "message": "cut off at program"})
         host.at_once = True
         async with linked(config, host=host):
