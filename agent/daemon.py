@@ -255,8 +255,6 @@ class Daemon:
             self.boot_id,
         )
         deployments.books.doubt = boots.doubt
-        if boot.generation:
-            await deployments.books.remember(boot)
         await deployments.open()
         arbiter.committed = boot.committed.digest if boot.committed else None
 

@@ -51,6 +51,12 @@ class Books:
             return
         await self._write(entry)
 
+    async def generation(self) -> int:
+        """That of the last commit that the journal knows of; 0 for none. Raises StorageError."""
+        known = await self.journal.get(BOOT)
+        found = known.get("generation") if isinstance(known, dict) else None
+        return found if isinstance(found, int) else 0
+
     async def remember(self, record: BootRecord) -> None:
         """The journal's copy of the record in force."""
         fields = asdict(record)

@@ -114,6 +114,8 @@ class Deployments:
         self._begun = False
         """Something has been asked for in this run, and written down."""
         self._cut_off: list[dict[str, Any]] = []
+        self._unheard = 0
+        """Commits that boot.json knows of and the journal does not: one was cut off, or the journal's end is lost."""
         self._watchers: set[asyncio.Event] = set()
 
     def reconfigure(self, config: Config) -> None:
@@ -229,8 +231,11 @@ class Deployments:
             for row in await self.journal.last(1):
                 self.last = row
             self._cut_off = await self.journal.unfinished()
+            self._unheard = self.boot.generation - await self.books.generation()
         except StorageError as error:
             log.error("history_unreadable", error=str(error))
+        if self.boot.generation:
+            await self.books.remember(self.boot)
 
     async def resume(self) -> None:
         """After a start: what was cut off is resumed, tried once more, or given up, and the journal says so."""
@@ -255,10 +260,19 @@ class Deployments:
         undeploy = row.get("kind") == UNDEPLOY
         key = UNDEPLOY if undeploy else digest
         committed = self.boot.committed.digest if self.boot.committed else None
-        if reached == Phase.COMMIT.value and committed == (None if undeploy else digest):
+        in_force = committed == (None if undeploy else digest)
+        if in_force and (reached == Phase.COMMIT.value or self._unheard > 0):
             # boot.json is the truth, and it has been written.
+            self._unheard -= 1
             await self._noted(self.journal.clear_attempts(key or ""))
             await self._conclude(row, Outcome.COMMITTED, None)
+        elif self._unheard > 0:
+            # Without its end the journal does not know what was asked for last: only boot.json does.
+            error = Interrupted(
+                f"cut off at {reached}; the journal has lost what came after it, and more has been committed since",
+                hint="see that the committed model is the one you want; check the disk",
+            )
+            await self._conclude(row, Outcome.FAILED, error)
         elif called_off is not None:
             await self._conclude(row, Outcome.CANCELLED, revive(called_off))
         elif not newest or self._begun:

@@ -245,6 +245,7 @@ async def journal(tmp_path: Path) -> AsyncIterator[Journal]:
 @pytest.fixture
 async def host(tmp_path: Path, journal: Journal, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Host]:
     host = Host(tmp_path, journal)
+    await host.deployments.open()
     monkeypatch.setattr(procedure, "check_slot", lambda *_: None)
 
     async def preflight(*arguments: Any) -> Any:
@@ -773,6 +774,45 @@ async def test_cut_off_twice_is_given_up(host: Host) -> None:
     assert isinstance(done.error, Refused)
     done = await host.ended(await host.deploy(force=True))
     assert done.outcome is Outcome.COMMITTED
+
+
+@pytest.mark.parametrize("reached", ["fetch", "program", "commit"])
+@pytest.mark.parametrize("digest", [NEW, THIRD])
+async def test_a_journal_without_its_end_does_not_undo_what_was_committed_since(
+    host: Host, journal: Journal, reached: str, digest: str
+) -> None:
+    """boot.json is two commits ahead of it: what it believes to be cut off is history."""
+    await journal.begin({"id": "d-old", "wish": Wish("some:1"), "created": 1.0})
+    await journal.phase("d-old", reached, digest=digest)
+    write_boot(host.folder, BootRecord(3, ref(THIRD), ref(NEW)))
+    deployments = await restarted(host)
+    await deployments.resume()
+    await host.idle()
+    found = await deployments.document("d-old")
+    assert host.arbiter.committed == THIRD
+    assert host.stand.done == []
+    assert found["outcome"] == ("committed" if digest == THIRD else "failed")
+    if digest != THIRD:
+        assert "lost" in found["error"]["message"]
+    assert await unfinished(journal) == []
+    deployments = await restarted(host)  # the journal has caught up
+    await journal.begin({"id": "d-next", "wish": Wish("new:1"), "created": 2.0})
+    await deployments.open()
+    await deployments.resume()
+    await host.idle()
+    assert host.arbiter.committed == NEW
+
+
+async def test_what_was_asked_for_during_a_commit_that_was_cut_off_is_taken_up(host: Host, journal: Journal) -> None:
+    await journal.begin({"id": "d-1", "wish": Wish("new:1"), "created": 1.0})
+    await journal.phase("d-1", "commit", digest=NEW)
+    await journal.begin({"id": "d-2", "wish": Wish("third:1"), "created": 2.0})
+    write_boot(host.folder, BootRecord(2, ref(NEW), ref(OLD)))
+    deployments = await restarted(host)
+    await deployments.resume()
+    await host.idle()
+    assert (await deployments.document("d-1"))["outcome"] == "committed"
+    assert host.arbiter.committed == THIRD
 
 
 async def test_undeploy_cut_off_is_done_again(host: Host) -> None:
