@@ -104,6 +104,12 @@ class NotFound(SlotdError):
     code, grpc, http, exit = "NOT_FOUND", "NOT_FOUND", 404, 66
 
 
+class Unimplemented(SlotdError):
+    """slotd does not have what was called."""
+
+    code, grpc, http, exit = "UNIMPLEMENTED", "UNIMPLEMENTED", 501, 64
+
+
 class Unauthenticated(SlotdError):
     """No key, or not the right one."""
 

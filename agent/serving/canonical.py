@@ -30,7 +30,7 @@ _PACKED = {DType.FLOAT32: 0x2A, DType.FLOAT64: 0x32}
 _CONTENT, _STRING = 0x22, 0x42
 
 
-def read_canonical(data: bytes, *, most: int) -> Parsed | None:
+def read_canonical(data: bytes | memoryview, *, most: int) -> Parsed | None:
     """The request, if it is of the plain shape and its tensors take at most `most` bytes; else None.
 
     Its numeric tensors are read-only views of `data`.
@@ -41,7 +41,7 @@ def read_canonical(data: bytes, *, most: int) -> Parsed | None:
         return None
 
 
-def _request(data: bytes, most: int) -> Parsed:
+def _request(data: bytes | memoryview, most: int) -> Parsed:
     model, version, signature = "", None, ""
     inputs: dict[str, Tensor] = {}
     outputs: list[str] = []
@@ -65,7 +65,7 @@ def _request(data: bytes, most: int) -> Parsed:
     return Parsed(inputs, model=model, version=version, signature=signature, outputs=tuple(outputs))
 
 
-def _model_spec(data: bytes, at: int, end: int) -> tuple[str, int | None, str]:
+def _model_spec(data: bytes | memoryview, at: int, end: int) -> tuple[str, int | None, str]:
     name, version, signature = "", None, ""
     before = 0
     while at < end:
@@ -85,7 +85,7 @@ def _model_spec(data: bytes, at: int, end: int) -> tuple[str, int | None, str]:
     return name, version, signature
 
 
-def _input(data: bytes, at: int, end: int, most: int) -> tuple[str, Tensor]:
+def _input(data: bytes | memoryview, at: int, end: int, most: int) -> tuple[str, Tensor]:
     if data[at] != 0x0A:
         raise ValueError("no name")
     start, stop = _span(data, at + 1, end)
@@ -98,7 +98,7 @@ def _input(data: bytes, at: int, end: int, most: int) -> tuple[str, Tensor]:
     return name, _tensor(data, start, end, most)
 
 
-def _tensor(data: bytes, at: int, end: int, most: int) -> Tensor:
+def _tensor(data: bytes | memoryview, at: int, end: int, most: int) -> Tensor:
     if data[at] != 0x08:
         raise ValueError("no dtype")
     dtype = _DTYPES.get(data[at + 1])
@@ -121,7 +121,7 @@ def _tensor(data: bytes, at: int, end: int, most: int) -> Tensor:
     return np.frombuffer(data, dtype.numpy, count, start).reshape(shape)
 
 
-def _strings(data: bytes, at: int, end: int, shape: tuple[int, ...], most: int) -> Strings:
+def _strings(data: bytes | memoryview, at: int, end: int, shape: tuple[int, ...], most: int) -> Strings:
     items: list[bytes] = []
     copied = 0
     while at < end:
@@ -131,14 +131,14 @@ def _strings(data: bytes, at: int, end: int, shape: tuple[int, ...], most: int) 
         copied += at - start
         if copied > MAX_COPIED:
             raise ValueError("too large to be copied here")
-        items.append(data[start:at])
+        items.append(bytes(data[start:at]))
     tensor = Strings(shape, items)
     if not items or len(items) != math.prod(shape) or tensor.nbytes > most:
         raise ValueError("another count")
     return tensor
 
 
-def _shape(data: bytes, at: int, end: int) -> tuple[int, ...]:
+def _shape(data: bytes | memoryview, at: int, end: int) -> tuple[int, ...]:
     sizes: list[int] = []
     while at < end:
         if data[at] != 0x12 or len(sizes) == MAX_RANK:
@@ -148,7 +148,7 @@ def _shape(data: bytes, at: int, end: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def _only_number(data: bytes, at: int, end: int) -> int:
+def _only_number(data: bytes | memoryview, at: int, end: int) -> int:
     """A message with one number in its field 1, which is left out where it is 0. Negative ones are not for here."""
     if at == end:
         return 0
@@ -160,13 +160,13 @@ def _only_number(data: bytes, at: int, end: int) -> int:
     return value
 
 
-def _name(data: bytes, at: int, end: int) -> str:
+def _name(data: bytes | memoryview, at: int, end: int) -> str:
     if end - at > MAX_NAME:
         raise ValueError("too long")
-    return data[at:end].decode()
+    return str(data[at:end], "utf-8")
 
 
-def _span(data: bytes, at: int, end: int) -> tuple[int, int]:
+def _span(data: bytes | memoryview, at: int, end: int) -> tuple[int, int]:
     """Where the content begins whose length stands at `at`, and where it ends: inside its parent."""
     size, at = read_varint(data, at)
     if size > end - at:

@@ -19,6 +19,7 @@ from agent.model.signature import DType, Strings, Tensor, dtype_of
 SIGNATURE_NAME = "serving_default"
 
 _Parts = list[bytes | memoryview]
+_JOINED = 1 << 20
 
 # dtype: number on the wire, tag of its packed list
 _PACKED = {
@@ -39,8 +40,11 @@ _PACKED = {
 _AS_IT_LIES = (DType.FLOAT32, DType.FLOAT64, DType.BOOL)
 
 
-def encode_response(outputs: Mapping[str, Tensor], *, name: str, version: int, most: int) -> bytes:
-    """A PredictResponse of at most `most` bytes. Raises Overloaded if it would be larger."""
+def encode_response(outputs: Mapping[str, Tensor], *, name: str, version: int, most: int) -> bytes | memoryview:
+    """A PredictResponse of at most `most` bytes. Raises Overloaded if it would be larger.
+
+    A large one is put together without Python's lock.
+    """
     parts: _Parts = []
     for output, tensor in outputs.items():
         body, size = encode_tensor(tensor)
@@ -55,7 +59,16 @@ def encode_response(outputs: Mapping[str, Tensor], *, name: str, version: int, m
             f"the reply has {total} bytes; at most {most} are sent",
             hint="name the outputs you need in output_filter, or send a smaller batch",
         )
-    return b"".join(parts)
+    return b"".join(parts) if total <= _JOINED else _put_together(parts, total)
+
+
+def _put_together(parts: _Parts, total: int) -> memoryview:
+    whole = np.empty(total, np.uint8)
+    at = 0
+    for part in parts:
+        np.copyto(whole[at : at + len(part)], np.frombuffer(part, np.uint8))
+        at += len(part)
+    return whole.data
 
 
 def encode_tensor(tensor: Tensor) -> tuple[_Parts, int]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from typing import Any
 
-import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from google.protobuf.message import DecodeError
+from grpc_health.v1 import health_pb2
 
+from agent.errors import InvalidInput, NotFound
 from agent.serving.dataplane import Dataplane
+from agent.serving.h2.call import Call, Method, Reply
 from agent.serving.tensorproto import short
 
 SERVICE = "grpc.health.v1.Health"
@@ -20,7 +20,7 @@ NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 SERVICE_UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
 
 
-class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # grpcio has no types
+class Health:
     """The truth at the moment of the question; watchers are told when it changes.
 
     "", the model's name and the names in `services` are SERVING while anything can answer, `slotd.slot` while the slot
@@ -33,6 +33,11 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # grpcio ha
         self._lame = False
         self._closed = False
         self._changed = asyncio.Event()
+        self.routes = {
+            f"/{SERVICE}/Check": Method(unary=self._check),
+            f"/{SERVICE}/List": Method(unary=self._list),
+            f"/{SERVICE}/Watch": Method(streaming=self._watch),
+        }
         dataplane.on_change(self._tell)
 
     def lame_duck(self) -> None:
@@ -55,29 +60,49 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # grpcio ha
             return None
         return int(SERVING if good and not self._lame else NOT_SERVING)
 
-    async def Check(self, request: Any, context: grpc.aio.ServicerContext) -> Any:  # noqa: N802  # gRPC's name
-        status = self.status(request.service)
+    async def _check(self, data: bytes | memoryview, _: Call) -> Reply:
+        service = _asked(data)
+        status = self.status(service)
         if status is None:
-            await context.abort(grpc.StatusCode.NOT_FOUND, f"there is no service {short(request.service)!r}")
-        return health_pb2.HealthCheckResponse(status=status)
+            raise NotFound(f"there is no service {short(service)!r}", field="service")
+        return _answer(status)
 
-    async def List(self, request: Any, context: grpc.aio.ServicerContext) -> Any:  # noqa: N802
+    async def _list(self, _: bytes | memoryview, __: Call) -> Reply:
         names = ("", SLOT, *self._services, *self._dataplane.model_names())
-        return health_pb2.HealthListResponse(
+        listed: bytes = health_pb2.HealthListResponse(
             statuses={name: health_pb2.HealthCheckResponse(status=self.status(name)) for name in names}
-        )
+        ).SerializeToString()
+        return listed
 
-    async def Watch(self, request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:  # noqa: N802
+    async def _watch(self, call: Call) -> None:
+        asked = await call.receive()
+        if asked is None:
+            raise InvalidInput("the message is missing", field="request")
+        service = _asked(asked.data)
         told: int | None = None
         while not self._closed:
             changed = self._changed
-            status = self.status(request.service)
+            status = self.status(service)
             status = SERVICE_UNKNOWN if status is None else status
             if status != told:
                 told = status
-                yield health_pb2.HealthCheckResponse(status=status)
-            await changed.wait()
+                await call.send(_answer(status))
+            if not self._closed:
+                await changed.wait()
 
     def _tell(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
+
+
+def _asked(data: bytes | memoryview) -> str:
+    try:
+        service: str = health_pb2.HealthCheckRequest.FromString(bytes(data)).service
+    except DecodeError:
+        raise InvalidInput("the bytes are not a grpc.health.v1.HealthCheckRequest", field="request") from None
+    return service
+
+
+def _answer(status: int) -> bytes:
+    answer: bytes = health_pb2.HealthCheckResponse(status=status).SerializeToString()
+    return answer

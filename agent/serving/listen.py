@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
-import grpc
 import structlog
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from agent.config import ServingConfig
-from agent.serving import endpoint, health, tfserving
+from agent.errors import Unavailable
+from agent.serving import endpoint, health, reflection, tfserving
 from agent.serving.dataplane import Dataplane
+from agent.serving.h2.connection import Connection, Shared
+from agent.serving.h2.messages import Room
 from agent.serving.parse import Parser
-from agent.serving.protos import POOL
 
 log = structlog.get_logger(__name__)
 
@@ -22,9 +24,11 @@ MAX_CONNECTIONS = 256
 """On each address; more are closed as they come."""
 HELD_MESSAGES = 16
 """How many requests of the largest size may be in hand at one time."""
-MAX_METADATA = 16 << 10
 LARGER_QUEUE = 1024
-"""As many requests may wait after a reload: gRPC's own bound is set once."""
+"""As many requests may wait after a reload: the bound of calls is set once."""
+BACKLOG = 128
+CLOSING = 2.0
+"""Seconds for the last answers to be read, after the last call has ended."""
 
 
 class GrpcServer:
@@ -35,7 +39,9 @@ class GrpcServer:
         self._socket_path = config.grpc.socket or run_dir / "grpc.sock"
         self._dataplane = dataplane
         self._parser = Parser(config.grpc.max_message)
-        self._server: grpc.aio.Server | None = None
+        self._shared: Shared | None = None
+        self._servers: list[asyncio.Server] = []
+        self._ticks: asyncio.Task[None] | None = None
         self._health: health.Health | None = None
         self._socket: endpoint.UnixSocket | None = None
         self._mark: tuple[int, int] | None = None
@@ -62,75 +68,115 @@ class GrpcServer:
             await asyncio.sleep(self._config.lame_duck)
 
     async def stop(self, grace: float | None = None) -> None:
-        """New requests are refused at once; those in flight get `grace` seconds (None: `serving.grace`), then they are
-        cancelled."""
+        """Clients are sent elsewhere; calls in flight get `grace` seconds (None: `serving.grace`), then they end with
+        UNAVAILABLE."""
         if self._health is not None:
             self._health.close()
-        if self._server is not None:
-            await self._server.stop(self._config.grace if grace is None else grace)
+        for server in self._servers:
+            server.close()
+        if self._shared is not None:
+            await self._close(self._shared, self._config.grace if grace is None else grace)
+        if self._ticks is not None:
+            self._ticks.cancel()
+            await asyncio.wait((self._ticks,))
         if self._socket is not None:
             await asyncio.to_thread(self._socket.withdraw, self._mark)
         await self._parser.close()
+
+    async def _close(self, shared: Shared, grace: float) -> None:
+        for connection in tuple(shared.connections):
+            connection.drain()
+        await _until(lambda: not shared.connections, grace)
+        for connection in tuple(shared.connections):
+            connection.cut_short(Unavailable("slotd is stopping", hint="try again in a moment"))
+        await _until(lambda: not shared.connections, CLOSING)
+        for connection in tuple(shared.connections):
+            connection.abort()
+        await _until(lambda: not shared.connections, CLOSING)
 
     async def _start(self) -> list[str]:
         config = self._config.grpc
         tcp = await asyncio.to_thread(endpoint.loopback, config.listen) if config.listen else None
         await self._parser.start()
-        # Made here because it belongs to the running loop.
-        self._server = server = grpc.aio.server(options=self._options(), maximum_concurrent_rpcs=self._most_calls())
+        room = Room(HELD_MESSAGES * config.max_message)
+        predictions = tfserving.PredictionService(
+            self._dataplane, self._parser, max_message=config.max_message, room=room
+        )
         services = (tfserving.SERVICE,)
         self._health = health.Health(self._dataplane, services)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        _add_reflection(server, services)
-        held = HELD_MESSAGES * config.max_message
-        server.add_generic_rpc_handlers(
-            (tfserving.PredictionService(self._dataplane, self._parser, max_message=config.max_message, held=held),)
+        described = reflection.Reflection((*services, health.SERVICE))
+        self._shared = Shared(
+            {**predictions.routes, **self._health.routes, **described.routes},
+            room,
+            max_message=config.max_message,
+            max_streams=config.max_streams,
+            max_calls=max(self._config.max_queue, LARGER_QUEUE) + 2 * config.max_streams,
         )
+        self._ticks = asyncio.create_task(_tick(self._shared), name="connections")
         addresses = []
         if tcp is not None:
-            addresses.append(await self._bind_tcp(server, *tcp))
+            addresses.append(await self._bind_tcp(*tcp))
         self._socket = await asyncio.to_thread(endpoint.UnixSocket.prepare, self._socket_path)
-        server.add_insecure_port(f"unix:{self._socket.draft}")
+        await self._serve(await asyncio.to_thread(_bound, socket.AF_UNIX, str(self._socket.draft)))
         self._mark = await asyncio.to_thread(self._socket.publish)
         addresses.append(f"unix:{self._socket_path}")
-        await server.start()
         log.info("listening", addresses=addresses)
         return addresses
 
-    async def _bind_tcp(self, server: grpc.aio.Server, host: str, port: int) -> str:
+    async def _bind_tcp(self, host: str, port: int) -> str:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
         literal = f"[{host}]" if ":" in host else host
         try:
-            bound = server.add_insecure_port(f"{literal}:{port}")
-        except RuntimeError:  # gRPC logs why
+            listener = _bound(family, (host, port))
+        except OSError:
             raise await asyncio.to_thread(endpoint.taken, literal, port) from None
-        return f"{literal}:{bound}"
+        await self._serve(listener)
+        return f"{literal}:{listener.getsockname()[1]}"
 
-    def _most_calls(self) -> int:
-        """Calls at one time over all connections, health watches included; gRPC refuses more before it reads them."""
-        return max(self._config.max_queue, LARGER_QUEUE) + 2 * self._config.grpc.max_streams
+    async def _serve(self, listener: socket.socket) -> None:
+        shared, count = self._shared, 0
+        assert shared is not None
 
-    def _options(self) -> list[tuple[str, int]]:
-        config = self._config.grpc
-        return [
-            ("grpc.so_reuseport", 0),  # else a second server binds the same port, silently
-            ("grpc.max_receive_message_length", config.max_message),
-            ("grpc.max_send_message_length", config.max_message),
-            ("grpc.max_metadata_size", MAX_METADATA),
-            ("grpc.max_concurrent_streams", config.max_streams),
-            ("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS),
-            ("grpc.server_handshake_timeout_ms", 10_000),
-            ("grpc.max_connection_idle_ms", 1_800_000),
-            # A client that went away without a word is noticed; one that asks every ten seconds is welcome.
-            ("grpc.keepalive_time_ms", 60_000),
-            ("grpc.keepalive_timeout_ms", 20_000),
-            ("grpc.keepalive_permit_without_calls", 1),
-            ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
-        ]
+        def admitted() -> bool:
+            nonlocal count
+            if count >= MAX_CONNECTIONS:
+                return False
+            count += 1
+            return True
+
+        def gone() -> None:
+            nonlocal count
+            count -= 1
+
+        loop = asyncio.get_running_loop()
+        make = loop.create_unix_server if listener.family == socket.AF_UNIX else loop.create_server
+        self._servers.append(await make(lambda: Connection(shared, admitted, gone), sock=listener, backlog=BACKLOG))
 
 
-def _add_reflection(server: grpc.aio.Server, services: tuple[str, ...]) -> None:
-    """For our services, whose messages are in our own pool, and for gRPC's, which are added to it by their files."""
-    for module in (health_pb2, reflection_pb2):
-        POOL.AddSerializedFile(module.DESCRIPTOR.serialized_pb)
-    names = (*services, health.SERVICE, reflection.SERVICE_NAME)
-    reflection.enable_server_reflection(names, server, pool=POOL)
+def _bound(family: socket.AddressFamily, address: str | tuple[str, int]) -> socket.socket:
+    """Without SO_REUSEPORT, with which a second server would bind the same port, silently. Raises OSError."""
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        if family != socket.AF_UNIX:
+            # Connections of the last run that are not quite over do not count.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(BACKLOG)
+        listener.setblocking(False)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+async def _tick(shared: Shared) -> None:
+    while True:
+        await asyncio.sleep(1.0)
+        shared.tick()
+
+
+async def _until(condition: Callable[[], bool], seconds: float) -> None:
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            while not condition():  # noqa: ASYNC110  # it takes a round trip or so
+                await asyncio.sleep(0.005)

@@ -55,7 +55,7 @@ class Parser:
         """Start the child, so that the first large message need not wait for it."""
         await asyncio.get_running_loop().run_in_executor(self._thread, self._child.start)
 
-    async def parse(self, data: bytes) -> Parsed:
+    async def parse(self, data: bytes | memoryview) -> Parsed:
         """The request in `data`. Raises InvalidInput, Overloaded, Unavailable."""
         plain = read_canonical(data, most=self._most)
         if plain is not None:
@@ -78,7 +78,7 @@ class Parser:
         await asyncio.to_thread(self._child.reap)
 
 
-def is_light(data: bytes) -> bool:
+def is_light(data: bytes | memoryview) -> bool:
     """Whether a PredictRequest has few enough parts to be parsed at once.
 
     Only counts: nothing is taken from what it walks over, so that a message it reads otherwise than protobuf does is
@@ -90,7 +90,7 @@ def is_light(data: bytes) -> bool:
         return False  # malformed, or groups: the child says what is wrong
 
 
-def _cost(data: bytes, at: int, end: int, kind: str, cost: int) -> int:
+def _cost(data: bytes | memoryview, at: int, end: int, kind: str, cost: int) -> int:
     nested, costly = _NESTED[kind], _COSTLY[kind]
     while at < end and cost <= _BUDGET:
         cost += _RECORD_COST
@@ -155,7 +155,7 @@ class _Child:
             self._socket = ours
         return ours
 
-    def parse(self, data: bytes) -> Parsed:
+    def parse(self, data: bytes | memoryview) -> Parsed:
         """The request in `data`, from the child."""
         try:
             channel = self.start()

@@ -60,13 +60,13 @@ class Parsed:
     outputs: tuple[str, ...] = ()
 
 
-def read_request(data: bytes, *, most: int) -> Parsed:
+def read_request(data: bytes | memoryview, *, most: int) -> Parsed:
     """A PredictRequest from wire bytes; its tensors may take `most` bytes together.
 
     Raises InvalidInput naming the tensor, TooLarge if only `most` stands against it, Overloaded if memory does.
     """
     try:
-        request = PredictRequest.FromString(data)
+        request = PredictRequest.FromString(bytes(data))
     except DecodeError as error:
         if "alloc failed" in str(error):  # the only sign that protobuf gives of it
             raise Overloaded("has too many parts to be parsed in the memory it may have", field="request") from None
