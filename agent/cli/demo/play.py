@@ -38,6 +38,10 @@ _PHASES = [phase.value for phase in Phase]
 
 
 @dataclass(frozen=True)
+REMOVING = 5.0
+"""Seconds in which a folder must be gone: children of a slotd that was killed write into it for a moment more."""
+
+
 class Options:
     """What was asked for."""
 
@@ -116,7 +120,7 @@ class Demo:
         finally:  # also when the terminal is gone and nothing can be printed
             await host.stop()
             if self.options.folder is None:
-                await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+                await asyncio.to_thread(_remove, folder)
 
     def _show_tail(self, text: str) -> None:
         if text:
@@ -288,3 +292,10 @@ def _make_folder(wanted: Path | None) -> Path:
             hint="give another --folder",
         ) from None
     return wanted.resolve()
+
+
+def _remove(folder: Path) -> None:
+    until = time.monotonic() + REMOVING
+    while folder.exists() and time.monotonic() < until:
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.05)
