@@ -37,11 +37,11 @@ _LOAD = 300.0
 _PHASES = [phase.value for phase in Phase]
 
 
-@dataclass(frozen=True)
 REMOVING = 5.0
 """Seconds in which a folder must be gone: children of a slotd that was killed write into it for a moment more."""
 
 
+@dataclass(frozen=True)
 class Options:
     """What was asked for."""
 
