@@ -52,12 +52,13 @@ CONTROL_FRAMES = 3000
 """For each second, over what comes with calls: a peer that sends more wants to keep us busy."""
 SETTLE = 10.0
 """Seconds for a peer to say hello; for a message to go on; for an answer to be read; of silence; for a ping's answer;
-without a call."""
+without a call; for the last word to be read."""
 STALLED = 30.0
 UNREAD = 60.0
 QUIET = 60.0
 PING_ANSWER = 20.0
 IDLE = 1800.0
+LINGER = 5.0
 
 _ALIVE, _DRAIN = b"slotd-up", b"slotdend"
 _RUN = os.urandom(3).hex()
@@ -120,6 +121,7 @@ class Connection(asyncio.BufferedProtocol):
         self._draining: int | None = None
         """After a GOAWAY: the last stream that is answered."""
         self._over = False
+        self._over_at: float | None = None
         self._control = 0
         self._acks = 0
         self._heard = True
@@ -524,6 +526,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _start(self, call: Call) -> None:
         call.task = asyncio.get_running_loop().create_task(self._serve(call), name="call")
+        call.task.add_done_callback(partial(self._served, call))
 
     async def _serve(self, call: Call) -> None:
         number = f"{_RUN}-{next(_numbers)}"
@@ -543,10 +546,12 @@ class Connection(asyncio.BufferedProtocol):
                 self._refuse(call, told, (("slotd-request-id", number),))
             else:
                 self._answer(call, reply)
-            finally:
-                call.task = None
-                self._ending -= not call.open
-                self._forget(call)
+
+    def _served(self, call: Call, _: asyncio.Task[None]) -> None:
+        """Not at the end of `_serve`: a task that is cancelled before it begins has none."""
+        call.task = None
+        self._ending -= not call.open
+        self._forget(call)
 
     async def _handled(self, call: Call) -> Reply | None:
         if call.method.streaming is not None:
@@ -731,7 +736,14 @@ class Connection(asyncio.BufferedProtocol):
     def _fail(self, code: int, why: str) -> None:
         log.debug("connection_refused", peer=self.peer, why=why)
         self._write(frames.goaway(self._last, code, why))
-        self._end_transport()
+        self._over = True
+        if self._transport is not None and not self._transport.is_closing():
+            # Closed with bytes unread, TCP would throw away what we have just said: `tick` closes it.
+            if self._transport.can_write_eof():
+                self._transport.write_eof()
+                self._over_at = time.monotonic()
+            else:
+                self._transport.close()
         for call in tuple(self._calls.values()):
             self._close(call)
 
@@ -771,7 +783,8 @@ class Connection(asyncio.BufferedProtocol):
         if self._heard:
             self._heard, self._heard_at = False, now
         if self._over:
-            if now - self._heard_at > PING_ANSWER:  # it does not read what is still to be said
+            self._over_at = self._over_at or now
+            if now - self._over_at > LINGER:  # it does not read what is still to be said
                 self.abort()
             return
         silent = self._asked_at is not None and now - self._asked_at > PING_ANSWER
