@@ -756,3 +756,15 @@ async def test_grpcs_own_client(server: Server) -> None:
         assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         await until(lambda: server.cancelled == 1)
     await still_good(server)
+
+
+async def test_large_answers_to_a_client_that_updates_its_windows_often(server: Server) -> None:
+    """28 MB at a time, over gRPC's own client: in steps, and nobody is taken for one who never reads."""
+    server.shared.max_message = 64 << 20
+    options = [("grpc.max_receive_message_length", -1)]
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}", options=options) as channel:
+        call = channel.unary_unary("/test/Large")
+        for _ in range(5):
+            replies = await asyncio.gather(*(call(b"%d" % (28 << 20), timeout=30) for _ in range(2)))
+            assert [len(reply) for reply in replies] == [28 << 20] * 2
+    await still_good(server)

@@ -132,7 +132,7 @@ class IdentityStorm:
                     done = host.deploy(current)
                     assert done["outcome"] == "committed", (swap, done, host.tail())
                     assert done["digest"] == self.digests[current]
-                    if swap in (min(SETTLED, self.swaps // 2), self.swaps):
+                    if swap in (min(SETTLED, self.swaps // 2), self.swaps) or swap % 100 == 0:
                         held[swap] = at_rest(host, pid)
                 seconds = time.monotonic() - began
             children = descendants(pid)

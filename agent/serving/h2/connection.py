@@ -42,6 +42,8 @@ log = structlog.get_logger(__name__)
 MAX_METADATA = 16 << 10
 BUFFER = 64 << 10
 MAX_FRAME = 4 << 20
+_STEP = 128 << 10
+"""Bytes that are received at once; libuv reads up to 32 times before anything else has its turn."""
 CONNECTION_WINDOW = 1 << 30
 _REFILL = 1 << 28
 _UNSENT = 256 << 10
@@ -116,7 +118,7 @@ class Connection(asyncio.BufferedProtocol):
         self._window = frames.DEFAULT_WINDOW
         self._initial = frames.DEFAULT_WINDOW
         self._peer_frame = frames.SMALLEST_MAX_FRAME
-        self._paused = False
+        self._paused = self._flushing = False
         self._paused_at = 0.0
         self._draining: int | None = None
         """After a GOAWAY: the last stream that is answered."""
@@ -174,7 +176,7 @@ class Connection(asyncio.BufferedProtocol):
             call = self._reading
             if call is not None and call.open and (target := call.assembler.target()) is not None:
                 self._direct = call
-                return target[: self._left]
+                return target[: min(self._left, _STEP)]
         self._direct = None
         if self._at == self._end:
             self._at = self._end = 0
@@ -571,7 +573,11 @@ class Connection(asyncio.BufferedProtocol):
         trailers = good_trailers(call.trailing)
         if reply is not None:
             size = len(reply) + PREFIX
-            if size <= min(self._peer_frame, self._window, call.window) and not self._held_back and not self._paused:
+            if (
+                size <= min(self._peer_frame, self._window, call.window, _UNSENT)
+                and not self._held_back
+                and not self._paused
+            ):
                 self._window -= size
                 number = call.number
                 self._write(
@@ -622,14 +628,13 @@ class Connection(asyncio.BufferedProtocol):
         if not call.headers_sent:
             parts.append(frames.frame(frames.HEADERS, frames.END_HEADERS, number, RESPONSE))
             call.headers_sent = True
-        while call.out and not self._paused:
-            size = min(sum(map(len, call.out)), self._peer_frame, self._window, call.window)
+        while call.out and not self._paused and not self._flushing:
+            size = min(sum(map(len, call.out)), self._peer_frame, self._window, call.window, _UNSENT)
             if size <= 0:
                 break
-            if room <= 0:
-                self._write_all(parts)
-                parts, room = [], _UNSENT
-                continue
+            if room <= 0:  # the rest when this is on its way, and others had their turn
+                self._flush_soon()
+                break
             parts.append(frames.head(size, frames.DATA, 0, number))
             self._window -= size
             call.window -= size
@@ -661,9 +666,19 @@ class Connection(asyncio.BufferedProtocol):
             self._write_all(parts)
             call.wake()
 
+    def _flush_soon(self) -> None:
+        if not self._flushing:
+            self._flushing = True
+            asyncio.get_running_loop().call_soon(self._flush_now)
+
+    def _flush_now(self) -> None:
+        self._flushing = False
+        if not self._paused:
+            self._flush_all()
+
     def _flush_all(self) -> None:
         for call in tuple(self._held_back.values()):
-            if self._paused or self._window <= 0:
+            if self._paused or self._flushing or self._window <= 0:
                 return
             if call.open:
                 self._flush(call)
