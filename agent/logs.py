@@ -78,7 +78,7 @@ def configure(config: LogConfig, *, stream: TextIO | None = None) -> None:
     root.handlers[:] = [handler]  # at once: other threads log meanwhile
     root.setLevel(level)
     for name in _QUIET:
-        logging.getLogger(name).setLevel(logging.NOTSET if level == logging.DEBUG else logging.WARNING)
+        logging.getLogger(name).setLevel(logging.WARNING)
     logging.captureWarnings(capture=True)
 
 

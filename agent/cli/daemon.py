@@ -47,6 +47,9 @@ def run(config: ConfigOption = None, embedded: EmbeddedOption = False) -> None:
 
     loaded = load(config, embedded=embedded)
     configure(loaded.config.log)
+    from agent.images import early
+
+    early.begin(loaded.config.state_dir)
     from agent import daemon
 
     raise typer.Exit(daemon.run(loaded))

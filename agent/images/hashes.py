@@ -15,7 +15,7 @@ from agent.images.blobs import DAMAGED, open_regular
 
 NAME = ".hashes.json"
 MAX_BYTES = 64 << 20
-PIECE = 8 << 20
+PIECE = 32 << 20
 """Bytes of a file that are read and hashed at once."""
 
 

@@ -10,6 +10,7 @@ import structlog
 
 from agent.config import Config
 from agent.errors import InvalidImage, NotFound, PullerDied, StorageError
+from agent.images import early
 from agent.images.layout import Store
 from agent.images.pull import pull, resolve, unpack
 from agent.model.spec import Model
@@ -104,7 +105,8 @@ class ImageSource:
 
     async def verify(self, digest: str) -> None:
         """Checks the files of an unpacked model."""
-        await asyncio.to_thread(self.store.verify, digest)
+        if not await asyncio.to_thread(early.verified, digest):
+            await asyncio.to_thread(self.store.verify, digest)
 
     async def collect(self, keep: set[str]) -> int:
         """Removes what is not in `keep`; bytes freed."""

@@ -97,7 +97,6 @@ class GrpcServer:
     async def _start(self) -> list[str]:
         config = self._config.grpc
         tcp = await asyncio.to_thread(endpoint.loopback, config.listen) if config.listen else None
-        await self._parser.start()
         room = Room(HELD_MESSAGES * config.max_message)
         predictions = tfserving.PredictionService(
             self._dataplane, self._parser, max_message=config.max_message, room=room
@@ -112,7 +111,7 @@ class GrpcServer:
             max_streams=config.max_streams,
             max_calls=max(self._config.max_queue, LARGER_QUEUE) + 2 * config.max_streams,
         )
-        self._ticks = asyncio.create_task(_tick(self._shared), name="connections")
+        self._ticks = asyncio.create_task(self._tick(self._shared), name="connections")
         addresses = []
         if tcp is not None:
             addresses.append(await self._bind_tcp(*tcp))
@@ -122,6 +121,13 @@ class GrpcServer:
         addresses.append(f"unix:{self._socket_path}")
         log.info("listening", addresses=addresses)
         return addresses
+
+    async def _tick(self, shared: Shared) -> None:
+        await asyncio.sleep(1.0)
+        await self._parser.start()  # not before: the first requests have the CPU to themselves
+        while True:
+            shared.tick()
+            await asyncio.sleep(1.0)
 
     async def _bind_tcp(self, host: str, port: int) -> str:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -167,12 +173,6 @@ def _bound(family: socket.AddressFamily, address: str | tuple[str, int]) -> sock
         listener.close()
         raise
     return listener
-
-
-async def _tick(shared: Shared) -> None:
-    while True:
-        await asyncio.sleep(1.0)
-        shared.tick()
 
 
 async def _until(condition: Callable[[], bool], seconds: float) -> None:

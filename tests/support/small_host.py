@@ -63,7 +63,9 @@ class Report:
     rude: dict[str, int]
     same_process: bool
     stalls: list[float]
-    """Milliseconds for which the loop stood still, the longest first."""
+    """Milliseconds for which the loop stood still under load, the longest first; those while the kernel looked for
+    somebody to kill, which halts all who want memory, are in `starved`."""
+    starved: list[float]
     used_mib: int
     faults: list[str] = field(default_factory=list)
 
@@ -74,7 +76,8 @@ class Report:
             f"{self.phases}; {seen.sent} requests, {seen.by}, {seen.mismatches} mismatches, {seen.not_ok} not OK, "
             f"p99 {seen.p99_ms / 1e3:.1f} s, worst {seen.worst_ms / 1e3:.1f} s; beside them {self.rude}; "
             f"same process: {self.same_process}; most memory {self.used_mib} MiB; "
-            f"longest stalls of the loop, ms: {self.stalls[:8]}\n{seen.faults}"
+            f"longest stalls of the loop, ms: {self.stalls[:8]}, while memory was taken away: {self.starved[:8]}\n"
+            f"{seen.faults}"
         )
 
 
@@ -91,6 +94,7 @@ class SmallHost:
             images={"layouts": [str(self.images)]},
         )
         self._expected = folder / "expected.npz"
+        self._starving: list[tuple[float, float]] = []
 
     def prepare(self) -> None:
         """Both as images, with what each answers."""
@@ -116,6 +120,7 @@ class SmallHost:
         os.chown(self.host.folder, UID, UID)
         outcomes: dict[str, int] = {}
         killed_in: list[str] = []
+        self._starving.clear()
         with MemoryGroup(LIMIT) as group:
             script = Path(__file__).with_name("confined.py")
             self.host.prefix = (sys.executable, str(script), str(group.path), str(UID))
@@ -136,13 +141,19 @@ class SmallHost:
                         outcome, killed = self._swap(f"{current}:{FRESH.get(phase, '1')}", phase, group)
                         killed_in += [phase] * killed
                         outcomes[outcome] = outcomes.get(outcome, 0) + 1
-                seconds = time.monotonic() - began
+                ended = time.monotonic()
+                seconds = ended - began
                 same = host.process.poll() is None and host.status()["pid"] == pid
                 kills, used = group.kills, group.most >> 20
                 assert host.stop(timeout=60) == 0, host.tail()
             finally:
                 host.kill()
-        found = sorted((float(line.split()[1]) * 1e3 for line in stalls.read_text().splitlines()), reverse=True)
+        found: tuple[list[float], list[float]] = ([], [])
+        for line in stalls.read_text().splitlines():
+            at, took = map(float, line.split())
+            if began <= at <= ended:
+                starved = any(start <= at <= end + took for start, end in self._starving)
+                found[starved].append(round(took * 1e3, 1))
         return Report(
             self.swaps,
             seconds,
@@ -152,7 +163,7 @@ class SmallHost:
             seen,
             rude.answers,
             same,
-            [round(one, 1) for one in found],
+            *(sorted(some, reverse=True) for some in found),
             used,
         )
 
@@ -162,7 +173,11 @@ class SmallHost:
         host.hold_in(phase)
         task = host.call("deploy", image=tag)["task"]
         host.until(lambda: reached(host.call("task", task=task), phase), timeout=300)
-        killed = reached(host.call("task", task=task), phase) == "there" and starve(group)
+        killed = False
+        if reached(host.call("task", task=task), phase) == "there":
+            began = time.monotonic()
+            killed = starve(group)
+            self._starving.append((began, time.monotonic()))
         host.let_go()
         done = host.ended(task, timeout=300)
         outcome = done["outcome"]

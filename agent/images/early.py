@@ -1,0 +1,41 @@
+"""The committed model's files, read and hashed from the first moment of a start: on another core, while the agent still
+imports what it needs to do anything with them."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from agent.errors import NotFound, SlotdError
+from agent.images.hashes import verify_hashes
+from agent.journal.boot import read_boot
+
+_begun: Future[str | None] | None = None
+
+
+def begin(state_dir: Path) -> None:
+    """What the host boots into; whatever goes wrong here is found again, and told, by whoever asks for it."""
+    global _begun
+    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="early")
+    _begun = pool.submit(_verified, state_dir)
+    pool.shutdown(wait=False)
+
+
+def verified(digest: str) -> bool:
+    """Whether the files of this model were found whole at this start; blocks until that is known. Tells once."""
+    global _begun
+    begun, _begun = _begun, None
+    return begun is not None and begun.result() == digest
+
+
+def _verified(state_dir: Path) -> str | None:
+    try:
+        committed = read_boot(state_dir).committed
+        if committed is None:
+            return None
+        listed = verify_hashes(state_dir / "models" / committed.digest.removeprefix("sha256:"))
+        if listed.digest != committed.digest:
+            raise NotFound("another model lies there")
+    except (SlotdError, OSError):
+        return None
+    return committed.digest
