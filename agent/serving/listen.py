@@ -11,7 +11,7 @@ from pathlib import Path
 import structlog
 
 from agent.config import ServingConfig
-from agent.errors import Unavailable
+from agent.errors import SlotdError, Unavailable
 from agent.serving import endpoint, health, reflection, tfserving
 from agent.serving.dataplane import Dataplane
 from agent.serving.h2.connection import Connection, Shared
@@ -124,7 +124,10 @@ class GrpcServer:
 
     async def _tick(self, shared: Shared) -> None:
         await asyncio.sleep(1.0)
-        await self._parser.start()  # not before: the first requests have the CPU to themselves
+        try:
+            await self._parser.start()  # not before: the first requests have the CPU to themselves
+        except (OSError, SlotdError) as error:  # the message that needs it will try again, and tell
+            log.warning("parse_child_not_started", error=str(error))
         while True:
             shared.tick()
             await asyncio.sleep(1.0)

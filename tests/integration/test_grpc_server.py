@@ -472,7 +472,7 @@ async def test_a_port_in_use_names_who_has_it(tmp_path: Path, house: House) -> N
     assert f"process {os.getpid()}" in str(caught.value)
     async with TfsClient(house.addresses[0]) as client:
         await client.predict({"x": X})
-    assert len(_parse_children()) == 1  # the other's is gone
+    assert len(_parse_children()) <= 1  # the other has left none
 
 
 async def test_a_socket_in_use_names_who_has_it_and_stays(tmp_path: Path, house: House) -> None:

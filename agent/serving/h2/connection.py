@@ -83,7 +83,11 @@ class Shared:
         """Once a second."""
         now = time.monotonic()
         for connection in tuple(self.connections):
-            connection.tick(now)
+            try:
+                connection.tick(now)
+            except Exception:  # our own mistake costs this peer its connection, nobody else
+                log.exception("connection_failed", peer=connection.peer)
+                connection.abort()
 
 
 class Connection(asyncio.BufferedProtocol):
