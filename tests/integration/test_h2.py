@@ -392,6 +392,30 @@ async def test_all_requests_together_are_bounded(server: Server) -> None:
     await until(lambda: server.shared.room.free == 100_000)
 
 
+async def test_beginnings_of_large_messages_are_paid_for_by_the_page(server: Server) -> None:
+    """One byte of a message may cost two megabytes: many such must not take more than the room there is."""
+    server.shared.max_message = 32 * MOST
+    server.shared.max_streams = server.shared.max_calls = 100
+    async with await Peer.connect(server.port) as peer:
+        for number in range(1, 21, 2):
+            head = b"\0" + (32 * MOST).to_bytes(4, "big")
+            peer.send(peer.headers(number), frames.frame(frames.DATA, 0, number, head + b"a"))
+        assert (await peer.outcome(9))["grpc-status"] == "8"  # 8 MiB of room are four pages
+        assert server.shared.room.free == 0
+    await still_good(server)
+
+
+async def test_whatever_comes_after_the_end_is_not_looked_at(server: Server, peer: Peer) -> None:
+    await peer.frame()
+    peer.send(frames.frame(frames.PUSH_PROMISE, 0, 1), bytes(63 << 10))
+    await peer.writer.drain()
+    for _ in range(20):
+        peer.send(bytes(100_000))
+        await asyncio.sleep(0.001)
+    assert await peer.ended() == frames.PROTOCOL_ERROR
+    await still_good(server)
+
+
 # --- cancellation and the end -----------------------------------------------------------------------------------------
 
 

@@ -182,7 +182,7 @@ class Connection(asyncio.BufferedProtocol):
                 self._direct = call
                 return target[: min(self._left, _STEP)]
         self._direct = None
-        if self._at == self._end:
+        if self._at == self._end or self._over:  # what comes after the end is not looked at
             self._at = self._end = 0
         elif BUFFER - self._end < MAX_BLOCK:
             rest = self._end - self._at
@@ -198,10 +198,7 @@ class Connection(asyncio.BufferedProtocol):
             if self._direct is not None:
                 call, self._direct = self._direct, None
                 self._left -= count
-                try:
-                    call.assembler.landed(count)
-                except SlotdError as error:
-                    self._refuse(call, error)
+                call.assembler.landed(count)
                 if not self._left:
                     self._data_ended()
             else:

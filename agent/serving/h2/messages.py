@@ -14,6 +14,8 @@ WAITING = 1000
 """Messages of one stream that may wait for its handler."""
 _COPIED = 64 << 10
 """A message of up to so many bytes is copied once; a larger one is received where it stays."""
+_PAGE = 2 << 20
+"""The kernel may give a large message its memory in pages of this size: they are paid for before they are touched."""
 
 
 class Room:
@@ -41,7 +43,7 @@ class Message:
 class Assembler:
     """The messages of one stream. `held`: the bytes of `room` that they have taken so far."""
 
-    __slots__ = ("_compressed", "_filled", "_large", "_most", "_prefix", "_room", "_size", "held", "ready")
+    __slots__ = ("_compressed", "_filled", "_large", "_most", "_paid", "_prefix", "_room", "_size", "held", "ready")
 
     def __init__(self, most: int, room: Room) -> None:
         self._most = most
@@ -50,7 +52,7 @@ class Assembler:
         self._size = -1
         self._compressed = False
         self._large: memoryview | None = None
-        self._filled = 0
+        self._filled = self._paid = 0
         self.held = 0
         self.ready: list[Message] = []
 
@@ -74,25 +76,25 @@ class Assembler:
                     continue
             take = min(self._size - self._filled, end - at)
             if self._large is None and take == self._size:
-                self._hold(take)
+                self._pay(take)
                 self._finish(bytes(view[at : at + take]))
             else:
                 if self._large is None:
                     # Not zeroed: bytes that are not received are never looked at.
                     self._large = np.empty(self._size, np.uint8).data
+                self._pay(self._filled + take)
                 self._large[self._filled : self._filled + take] = view[at : at + take]
                 self.landed(take)
             at += take
 
     def target(self) -> memoryview | None:
         """Where the next bytes belong, if that is one place for many of them; tell `landed` how many came."""
-        if self._large is None or self._size - self._filled < _COPIED:
+        if self._large is None or self._paid - self._filled < _COPIED:
             return None
-        return self._large[self._filled :]
+        return self._large[self._filled : self._paid]
 
     def landed(self, count: int) -> None:
-        """So many bytes were put into the target. Raises Overloaded."""
-        self._hold(count)
+        """So many bytes were put into the target, or behind what was there."""
         self._filled += count
         if self._filled == self._size and self._large is not None:
             self._finish(self._large if self._size > _COPIED else bytes(self._large))
@@ -111,7 +113,7 @@ class Assembler:
         if len(self.ready) >= WAITING:
             raise Overloaded(f"{WAITING} messages of this call are waiting already", retry_after=0.1)
         self._compressed = flag == 1
-        self._filled = 0
+        self._filled = self._paid = 0
         if self._size == 0:
             self._finish(b"")
 
@@ -119,9 +121,13 @@ class Assembler:
         self.ready.append(Message(data, self._compressed))
         self._size, self._large = -1, None
 
-    def _hold(self, count: int) -> None:
-        self._room.take(count)
-        self.held += count
+    def _pay(self, filled: int) -> None:
+        """For so many bytes of this message, and for those that come with them in a page."""
+        if filled > self._paid:
+            paid = min(self._size, -(-filled // _PAGE) * _PAGE)
+            self._room.take(paid - self._paid)
+            self.held += paid - self._paid
+            self._paid = paid
 
 
 def unpack(data: bytes | memoryview, encoding: str, most: int) -> bytes:
