@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -146,7 +147,10 @@ def test_live_fields_take_effect(host: Changing) -> None:
     # log.level
     assert '"level": "debug"' not in host.log.read_text()
     host.change(log={"level": "debug"})
-    host.until(lambda: host.call("ping") and '"level": "debug"' in host.log.read_text())
+    name, _, port = host.address.rpartition(":")
+    with socket.create_connection((name, int(port)), 10) as connection:
+        connection.sendall(b"this is no HTTP/2 at all")
+        host.until(lambda: '"level": "debug"' in host.log.read_text())
     host.change(log={"level": "error"})
     size = host.log.stat().st_size
     host.change(serving={"max_queue": 100})

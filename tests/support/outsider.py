@@ -160,5 +160,6 @@ class Outsider:
         return self.until("event", lambda e: e["kind"] == "deployment_ended" and e["id"] == task, timeout=timeout)
 
     def deploy(self, image: str, **arguments: Any) -> dict[str, Any]:
-        """Deploys by command; the deployment's document as its last event has it."""
+        """Deploys by command, once the host is there; the deployment's document as its last event has it."""
+        self.until("status", lambda status: status["state"] == "online")
         return self.ended(self.call("deploy", image=image, **arguments)["task"])
