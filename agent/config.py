@@ -23,7 +23,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic.fields import FieldInfo
 
 from agent.errors import InvalidConfig
-from agent.model.spec import parse_yaml
+from agent.model.documents import parse_yaml
 
 DEFAULT_PATH = Path("/etc/slotd/config.yaml")
 DEVICE = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"

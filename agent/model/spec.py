@@ -6,18 +6,17 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from agent.errors import InvalidModel
+from agent.model.documents import parse_yaml
 from agent.model.signature import DType, Signature, TensorSpec
 
 SCHEMA: Literal["slotd/v1"] = "slotd/v1"
 MAX_YAML_BYTES = 256 * 1024
-MAX_YAML_NODES = 10_000
-"""Scalars, lists and mappings together; each takes some 700 bytes and 30 µs to parse."""
 MAX_TENSORS = 32
 MAX_RANK = 8
 _AGAIN = "correct model.yaml and pack the image again"
@@ -227,28 +226,6 @@ class Model:
     @property
     def version(self) -> int:
         return int(self.spec.version)
-
-
-class _Bounded(yaml.SafeLoader):
-    """Without aliases, and with so many nodes at the most."""
-
-    nodes = 0
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        self.nodes += 1
-        if self.nodes > MAX_YAML_NODES:
-            raise yaml.YAMLError(f"has more than {MAX_YAML_NODES} values")
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("aliases are not allowed")
-        return super().compose_node(parent, index)
-
-
-def parse_yaml(text: bytes | str) -> Any:
-    """YAML without aliases (a page of which can describe gigabytes) and of a bounded size. Raises yaml.YAMLError."""
-    try:
-        return yaml.load(text, _Bounded)  # noqa: S506  # a SafeLoader
-    except RecursionError:
-        raise yaml.YAMLError("nested too deeply") from None
 
 
 def explain(error: ValidationError) -> tuple[str, str]:

@@ -19,7 +19,7 @@ import yaml
 from agent.config import DEFAULT_PATH, MAX_BYTES, Config, ConfigFile, invalid, parse_config, read_file, read_text
 from agent.errors import InvalidConfig
 from agent.images.files import storage_error, sync_folder
-from agent.model.spec import parse_yaml
+from agent.model.documents import parse_yaml
 from drivers import make
 
 GOOD = "config.good.yaml"

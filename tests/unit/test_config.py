@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -134,3 +136,9 @@ def test_a_configuration_does_not_change() -> None:
     config = Config(embedded=True)
     with pytest.raises(ValueError, match="frozen"):
         config.device = "other"
+
+
+def test_the_configuration_is_read_without_numpy() -> None:
+    """A start waits for it: the committed model's files are hashed as soon as it is known where they lie."""
+    program = "import sys, agent.reload.source, agent.images.early; sys.exit('numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 0
