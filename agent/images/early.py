@@ -3,7 +3,8 @@ imports what it needs to do anything with them."""
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+from concurrent.futures import Future
 from pathlib import Path
 
 from agent.errors import NotFound, SlotdError
@@ -16,9 +17,9 @@ _begun: Future[str | None] | None = None
 def begin(state_dir: Path) -> None:
     """What the host boots into; whatever goes wrong here is found again, and told, by whoever asks for it."""
     global _begun
-    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="early")
-    _begun = pool.submit(_verified, state_dir)
-    pool.shutdown(wait=False)
+    _begun = Future()
+    # A daemon thread: a start that is refused does not wait for it.
+    threading.Thread(target=_run, args=(_begun, state_dir), name="early", daemon=True).start()
 
 
 def verified(digest: str) -> bool:
@@ -26,6 +27,14 @@ def verified(digest: str) -> bool:
     global _begun
     begun, _begun = _begun, None
     return begun is not None and begun.result() == digest
+
+
+def _run(begun: Future[str | None], state_dir: Path) -> None:
+    try:
+        begun.set_result(_verified(state_dir))
+    except BaseException:
+        begun.set_result(None)
+        raise
 
 
 def _verified(state_dir: Path) -> str | None:
