@@ -31,8 +31,8 @@ _FORMS = (
     (re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL), HIDDEN),
 )
 _PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
-# Libraries that tell every step at INFO; their warnings still come through.
-_QUIET = ("amqtt", "transitions", "passlib", "httpx", "httpcore", "grpc", "asyncio", "watchdog", "PIL")
+# Libraries that tell every step, some with the keys in it; their warnings still come through.
+_QUIET = ("amqtt", "transitions", "passlib", "httpx", "httpcore", "hpack", "grpc", "asyncio", "watchdog", "PIL")
 
 
 def configure(config: LogConfig, *, stream: TextIO | None = None) -> None:

@@ -1,4 +1,4 @@
-"""The allocator's settings for a process that moves large messages; called before gRPC is imported."""
+"""The allocator's settings for a process that moves large messages; called before anything large is imported."""
 
 from __future__ import annotations
 

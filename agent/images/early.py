@@ -7,10 +7,13 @@ import threading
 from concurrent.futures import Future
 from pathlib import Path
 
-from agent.errors import NotFound, SlotdError
+import structlog
+
+from agent.errors import SlotdError
 from agent.images.hashes import verify_hashes
 from agent.journal.boot import read_boot
 
+log = structlog.get_logger(__name__)
 _begun: Future[str | None] | None = None
 
 
@@ -30,11 +33,13 @@ def verified(digest: str) -> bool:
 
 
 def _run(begun: Future[str | None], state_dir: Path) -> None:
+    found = None
     try:
-        begun.set_result(_verified(state_dir))
-    except BaseException:
-        begun.set_result(None)
-        raise
+        found = _verified(state_dir)
+    except Exception:  # a mistake of ours: whoever asks reads the files again
+        log.exception("early_hashing_failed")
+    finally:
+        begun.set_result(found)
 
 
 def _verified(state_dir: Path) -> str | None:
@@ -42,9 +47,6 @@ def _verified(state_dir: Path) -> str | None:
         committed = read_boot(state_dir).committed
         if committed is None:
             return None
-        listed = verify_hashes(state_dir / "models" / committed.digest.removeprefix("sha256:"))
-        if listed.digest != committed.digest:
-            raise NotFound("another model lies there")
+        return verify_hashes(state_dir / "models" / committed.digest.removeprefix("sha256:")).digest
     except (SlotdError, OSError):
         return None
-    return committed.digest

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 from dataclasses import dataclass
 from io import BufferedReader
@@ -85,9 +86,12 @@ def verify_hashes(folder: Path) -> HashList:
 
 def _sha256(file: BufferedReader, size: int) -> str:
     """In large pieces: after each, a thread waits for Python's lock, which is held by what the agent does meanwhile."""
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(max(1, min(size, PIECE))))
-    while read := file.readinto(buffer):
-        digest.update(buffer[:read])
+    digest = hashlib.sha256()
+    # Mapped and not a bytearray, which would be zeroed while everybody else waits for that lock.
+    with mmap.mmap(-1, max(1, min(size, PIECE))) as buffer, memoryview(buffer) as view:
+        while read := file.readinto(view):
+            with view[:read] as piece:
+                digest.update(piece)
     return digest.hexdigest()
 
 

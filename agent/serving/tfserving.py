@@ -32,16 +32,14 @@ class PredictionService:
         self.routes = {f"/{SERVICE}/Predict": Method(unary=self._predict)}
 
     async def _predict(self, data: bytes | memoryview, call: Call) -> Reply:
-        held = 0
+        parsed = await self._parser.parse(data)
+        # One value may stand for a whole tensor: what counts is what it has become.
+        grown = max(0, sum(tensor.nbytes for tensor in parsed.inputs.values()) - len(data))
+        self._room.take(grown)
         try:
-            parsed = await self._parser.parse(data)
-            # One value may stand for a whole tensor: what counts is what it has become.
-            grown = max(0, sum(tensor.nbytes for tensor in parsed.inputs.values()) - len(data))
-            self._room.take(grown)
-            held = grown
             answer = await self._dataplane.predict(_request(parsed, len(data), call))
         finally:
-            self._room.give(held)
+            self._room.give(grown)
         told = (
             ("slotd-served-by", answer.served_by),
             ("slotd-model-digest", answer.digest),

@@ -230,8 +230,9 @@ class Deployments:
         try:
             for row in await self.journal.last(1):
                 self.last = row
-            self._cut_off = await self.journal.unfinished()
+            # Before what was cut off: without it nobody knows whether that is still wanted.
             self._unheard = self.boot.generation - await self.books.generation()
+            self._cut_off = await self.journal.unfinished()
         except StorageError as error:
             log.error("history_unreadable", error=str(error))
         if self.boot.generation:

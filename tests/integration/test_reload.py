@@ -134,10 +134,6 @@ def test_live_fields_take_effect(host: Changing) -> None:
     assert strict["outcome"] == "refused", strict
     host.change(swap={"max_tolerance": 0.05})
     assert host.deploy("two:1")["outcome"] == "committed"
-    # serving.*
-    host.change(serving={"max_deadline": "1ms"})
-    _refused(host, grpc.StatusCode.DEADLINE_EXCEEDED)
-    host.change(serving={"max_deadline": "60s"})
     assert host.predict(X)[0][0, 0] == pytest.approx(4.0)
     # slot.proof_interval
     before = host.status()["slot"]["proven"]
@@ -164,11 +160,15 @@ def test_live_fields_take_effect(host: Changing) -> None:
 
 
 def test_a_queue_that_was_made_shorter(tmp_path: Path) -> None:
-    """serving.max_queue and max_wait, with requests that wait."""
+    """serving.max_deadline, max_queue and max_wait, with a model that takes its time and requests that wait."""
     host = Changing(tmp_path, slot={"options": {"latency": 0.2}})
     host.pack("one:1", scale=2.0)
     with host:
         assert host.deploy("one:1")["outcome"] == "committed"
+        host.change(serving={"max_deadline": "50ms"})
+        _refused(host, grpc.StatusCode.DEADLINE_EXCEEDED)
+        host.change(serving={"max_deadline": "60s"})
+        assert host.predict(X)[0][0, 0] == pytest.approx(3.0)
         host.change(serving={"max_queue": 0, "max_wait": "100ms"})
         with host.load(clients=8, pause=0.0) as load:
             host.until(lambda: load.errors)

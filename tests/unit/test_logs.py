@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hpack
 import pytest
 import structlog
 
@@ -149,3 +150,14 @@ def test_a_file_beside_the_journal_is_told_no_priority(tmp_path: Path, monkeypat
         structlog.get_logger("agent.slot").info("said")
         out.seek(0)
         assert out.read().startswith("{")
+
+
+def test_a_key_is_in_no_log_whatever_its_level() -> None:
+    """hpack tells of every header at DEBUG, keys included."""
+    block = hpack.Encoder().encode([("authorization", "Bearer opensesame")])
+    stream = io.StringIO()
+    logs.configure(LogConfig(level="debug", format="json"), stream=stream)
+    logging.getLogger("test").debug("it is on")
+    assert hpack.Decoder().decode(block) == [("authorization", "Bearer opensesame")]
+    assert "it is on" in stream.getvalue()
+    assert "opensesame" not in stream.getvalue() and "authorization" not in stream.getvalue()

@@ -74,8 +74,8 @@ class Call:
         "peer",
         "reason",
         "receivable",
-        "room",
         "send",
+        "taken",
         "task",
         "trailers",
         "trailing",
@@ -100,7 +100,7 @@ class Call:
         self.headers_sent = False
         self.window = window
         self.receivable = 0
-        """Bytes taken by the handler that the client has not been given room for again."""
+        """Bytes that the client may still send on this stream."""
         self.out: deque[bytes | memoryview] = deque()
         self.trailers: bytes | None = None
         self.task: asyncio.Task[None] | None = None
@@ -110,7 +110,8 @@ class Call:
         self.moved = time.monotonic()
         """When something of it was last received or sent."""
         self.send: Callable[[Reply], Awaitable[None]] = _not_streaming
-        self.room: Callable[[int], None] = _nothing
+        self.taken: Callable[[int], None] = _nothing
+        """Told of each message that the handler takes, and its size: the client may send as much again."""
 
     def time_remaining(self) -> float | None:
         """Seconds, None if the client set no deadline."""
@@ -125,7 +126,7 @@ class Call:
                 return None
             await self.wait()
         message = self.assembler.ready.pop(0)
-        self.room(len(message.data))
+        self.taken(len(message.data))
         return message
 
     async def wait(self) -> None:
@@ -168,7 +169,7 @@ def error_trailers(error: SlotdError, more: Metadata = ()) -> bytes:
     """The header block that tells of an error, without the response's own."""
     fields = [
         ("grpc-status", str(STATUS[error.grpc]).encode()),
-        ("grpc-message", _percent(cut(str(error)))),
+        ("grpc-message", _percent(_cut(str(error)))),
         ("slotd-error-code", error.code.encode("ascii")),
     ]
     if error.field:
@@ -182,7 +183,7 @@ def error_trailers(error: SlotdError, more: Metadata = ()) -> bytes:
     return write([*fields, *((name, _plain(value)) for name, value in more)])
 
 
-def cut(text: str) -> str:
+def _cut(text: str) -> str:
     """At most MAX_TEXT bytes of it."""
     return text.encode()[:MAX_TEXT].decode(errors="ignore")
 

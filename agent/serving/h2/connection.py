@@ -40,12 +40,17 @@ from agent.serving.h2.messages import PREFIX, Assembler, Room, unpack
 log = structlog.get_logger(__name__)
 
 MAX_METADATA = 16 << 10
+"""Bytes of the headers of one call, as HTTP/2 counts them."""
 BUFFER = 64 << 10
+"""Bytes that are received before they are looked at."""
 MAX_FRAME = 4 << 20
+"""Bytes of a DATA frame; all others are small."""
 _STEP = 128 << 10
 """Bytes that are received at once; libuv reads up to 32 times before anything else has its turn."""
 CONNECTION_WINDOW = 1 << 30
+"""Bytes that a peer may send before we say that it may send more: what bounds a request is its own stream's window."""
 _REFILL = 1 << 28
+"""Bytes after which we do."""
 _UNSENT = 256 << 10
 """Bytes that may wait for the peer to read them before calls hold their answers back."""
 _MOST_UNSENT = 4 << 20
@@ -53,14 +58,19 @@ _MOST_UNSENT = 4 << 20
 CONTROL_FRAMES = 3000
 """For each second, over what comes with calls: a peer that sends more wants to keep us busy."""
 SETTLE = 10.0
-"""Seconds for a peer to say hello; for a message to go on; for an answer to be read; of silence; for a ping's answer;
-without a call; for the last word to be read."""
+"""Seconds for a peer to say hello."""
 STALLED = 30.0
+"""Seconds in which nothing more of a message came."""
 UNREAD = 60.0
+"""Seconds in which nothing of what was sent was read."""
 QUIET = 60.0
+"""Seconds of silence after which a peer is asked whether it is there."""
 PING_ANSWER = 20.0
+"""Seconds for the answer to that."""
 IDLE = 1800.0
+"""Seconds without a call after which a connection is closed."""
 LINGER = 5.0
+"""Seconds for the last word to be read."""
 
 _ALIVE, _DRAIN = b"slotd-up", b"slotdend"
 _RUN = os.urandom(3).hex()
@@ -507,7 +517,7 @@ class Connection(asyncio.BufferedProtocol):
         call.method = method
         if method.streaming is not None:
             call.send = partial(self._send, call)
-            call.room = partial(self._give_room, call)
+            call.taken = partial(self._taken, call)
             self._start(call)
         elif ended:
             self._deliver(call)
@@ -684,14 +694,13 @@ class Connection(asyncio.BufferedProtocol):
             if call.open:
                 self._flush(call)
 
-    def _give_room(self, call: Call, size: int) -> None:
+    def _taken(self, call: Call, size: int) -> None:
         """A streaming handler has taken a message of so many bytes."""
-        size += PREFIX
-        call.assembler.held -= size - PREFIX
-        self._shared.room.give(size - PREFIX)
-        call.receivable += size
+        call.assembler.held -= size
+        self._shared.room.give(size)
+        call.receivable += PREFIX + size
         if call.open and not call.half_closed:
-            self._write(frames.window_update(call.number, size))
+            self._write(frames.window_update(call.number, PREFIX + size))
 
     def _finish(self, call: Call) -> None:
         """Its end is written."""

@@ -6,7 +6,6 @@ looked up rather than read.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -18,7 +17,6 @@ MAX_BLOCK = 16 << 10
 """Bytes of a header block as it is sent; more end the connection."""
 MAX_LIST = 64 << 10
 """Bytes of headers that a block may stand for."""
-logging.getLogger("hpack").setLevel(logging.WARNING)  # it tells of every header, keys included
 _KEPT_BLOCKS = 64
 _KEPT_BYTES = 2048
 

@@ -25,22 +25,22 @@ BUSYBOX = Path("/bin/busybox")
 _LEFT_OUT = ("test", "tests", "idlelib", "ensurepip", "lib2to3", "turtledemo", "tkinter", "site-packages", "pydoc_data")
 
 INIT = """#!/bin/busybox sh
-/bin/busybox mkdir -p /proc /sys /dev /root
+/bin/busybox mkdir -p /proc /sys /dev /sysroot
 /bin/busybox mount -t proc proc /proc
 /bin/busybox mount -t sysfs sysfs /sys
 /bin/busybox mount -t devtmpfs dev /dev
 for module in {modules}; do /bin/busybox insmod /$module.ko; done
-/bin/busybox mount -t ext4 -o ro,noload /dev/vda /root || /bin/busybox poweroff -f
-for place in proc sys dev; do /bin/busybox mount --move /$place /root/$place; done
+/bin/busybox mount -t ext4 -o ro,noload /dev/vda /sysroot || /bin/busybox poweroff -f
+for place in proc sys dev; do /bin/busybox mount --move /$place /sysroot/$place; done
 # The repository may lie below one of them: then it must not be covered.
 for place in tmp run mnt; do
-  test -n "$(/bin/busybox ls -A /root/$place)" || /bin/busybox mount -t tmpfs tmpfs /root/$place
+  test -n "$(/bin/busybox ls -A /sysroot/$place)" || /bin/busybox mount -t tmpfs tmpfs /sysroot/$place
 done
-/bin/busybox mkdir -p /root/dev/shm && /bin/busybox mount -t tmpfs shm /root/dev/shm
+/bin/busybox mkdir -p /sysroot/dev/shm && /bin/busybox mount -t tmpfs shm /sysroot/dev/shm
 /bin/busybox ip link set lo up
 /bin/busybox ip addr add 10.0.2.15/24 dev eth0
 /bin/busybox ip link set eth0 up
-exec /bin/busybox switch_root /root /bin/busybox sh -c '{command}; /bin/busybox poweroff -f'
+exec /bin/busybox switch_root /sysroot /bin/busybox sh -c '{command}; /bin/busybox poweroff -f'
 """
 
 
