@@ -69,7 +69,7 @@ format: venv ## Format the sources
 	$(VENV)/bin/ruff check --fix .
 
 test: venv tools lint ## Everything that must pass before anything lands
-	$(PYTEST) -q -n 3 --dist worksteal -m "not long and not tensorflow and not vm and not alone"
+	$(PYTEST) -q -n 3 --dist worksteal --durations 25 -m "not long and not tensorflow and not vm and not alone"
 	$(PYTEST) -q -m "alone and not long"
 
 tools-vm: ## Install what boots the machines that tests run in

@@ -33,6 +33,7 @@ from agent.journal.database import Journal
 from agent.journal.lock import take_lock
 from agent.journal.outbox import Outbox
 from agent.logs import configure as configure_logs
+from agent.memory import keep_code
 from agent.reload.source import Loaded
 from agent.service import Watchdog, keep_waiting, notify_ready, notify_status, notify_stopping
 from agent.serving.dataplane import Dataplane
@@ -400,6 +401,8 @@ def _bring_the_rest() -> None:
     import agent.link.mqtt
     import agent.reload.reloader
     import agent.serving.listen  # noqa: F401
+
+    keep_code()
 
 
 def _make_folders(config: Config) -> None:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import re
+from pathlib import Path
 
 # malloc.h of glibc: M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX
 _SETTINGS = ((-8, 1), (-3, 64 << 20), (-1, 512 << 20), (-2, 16 << 20))
+
+_MLOCK_ONFAULT = 1  # mman.h
+_MAPPED_CODE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) r-.p \S+ \S+ [1-9]\d* +/")
 
 
 def tune_malloc() -> bool:
@@ -21,3 +26,22 @@ def tune_malloc() -> bool:
         return False
     taken = [mallopt(name, value) for name, value in _SETTINGS]
     return all(taken)
+
+
+def keep_code() -> int:
+    """What this process runs stays in memory once it was used, though a memory limit lets the kernel drop it.
+
+    Else the loop waits for the disk in the middle of an answer, as soon as a model takes what is left. Returns the
+    bytes of files that may stay; 0 where RLIMIT_MEMLOCK or the C library does not allow it. Source: mlock2(2).
+    """
+    try:
+        mlock2 = ctypes.CDLL(None).mlock2
+    except AttributeError:
+        return 0
+    mlock2.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint)
+    kept = 0
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if found := _MAPPED_CODE.match(line):
+            start, end = (int(part, 16) for part in found.groups())
+            kept += (end - start) * (mlock2(start, end - start, _MLOCK_ONFAULT) == 0)
+    return kept

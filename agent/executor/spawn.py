@@ -6,6 +6,7 @@ earlier after a start. Standard library only, for that is the point.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -70,7 +71,15 @@ def spawn(argv: Sequence[str], channel: socket.socket) -> Spawned:
         raise
     finally:
         os.close(theirs)
+    step_back(popen.pid)
     return Spawned(popen, words)
+
+
+def step_back(child: int) -> None:
+    """A child is at nice 0 though the agent may be below: what computes for long goes behind what hands out answers."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # it has just ended; it has another user by now
+        if os.getpriority(os.PRIO_PROCESS, child) < 0:
+            os.setpriority(os.PRIO_PROCESS, child, 0)
 
 
 def start_early() -> None:

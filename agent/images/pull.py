@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -68,17 +69,7 @@ async def _run(
         "state_dir": str(store.state_dir) if store else "",
         "images": config.model_dump(mode="json"),
     }
-    child = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-I",
-        "-m",
-        "agent.images.puller",
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        env={name: value for name, value in os.environ.items() if name.upper() in _ENVIRONMENT},
-        limit=LINE,
-        start_new_session=True,
-    )
+    child = _Child()
     _log.debug("puller started", verb=verb, image=reference, pid=child.pid)
     try:
         return await _follow(child, json.dumps(job).encode() + b"\n", progress)
@@ -86,13 +77,71 @@ async def _run(
         await _end(child)
 
 
-async def _follow(child: asyncio.subprocess.Process, job: bytes, progress: Progress | None) -> str:
-    assert child.stdin is not None and child.stdout is not None
-    # It died at once; the end of its output says so. uvloop's word for that is RuntimeError.
-    with suppress(BrokenPipeError, ConnectionResetError, RuntimeError):
-        child.stdin.write(job)
-        await child.stdin.drain()
-    while (document := await _answer(child.stdout)) is not None:
+class _Child:
+    """The process; `exited` has its exit status once it was reaped."""
+
+    def __init__(self) -> None:
+        # Not by the loop: uvloop forks, which copies the page tables of all that the agent holds. Raises OSError.
+        self._popen = subprocess.Popen(
+            (sys.executable, "-I", "-m", "agent.images.puller"),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            env={name: value for name, value in os.environ.items() if name.upper() in _ENVIRONMENT},
+            start_new_session=True,
+        )
+        self.pid = self._popen.pid
+        self._loop = asyncio.get_running_loop()
+        self.exited: asyncio.Future[int] = self._loop.create_future()
+        self._transport: asyncio.ReadTransport | None = None
+        try:
+            self._pidfd = os.pidfd_open(self.pid)
+        except OSError:
+            self._popen.kill()
+            self._popen.wait()
+            raise
+        self._loop.add_reader(self._pidfd, self._reap)
+
+    async def tell(self, job: bytes) -> None:
+        """What it is to do."""
+        assert self._popen.stdin is not None
+        with suppress(BrokenPipeError):  # it died at once; the end of its output says so
+            await asyncio.to_thread(self._popen.stdin.write, job)
+
+    async def answers(self) -> asyncio.StreamReader:
+        """What it says, from now on."""
+        assert self._popen.stdout is not None
+        reader = asyncio.StreamReader(limit=LINE)
+        protocol = asyncio.StreamReaderProtocol(reader)
+        ours = os.fdopen(os.dup(self._popen.stdout.fileno()), "rb", 0)  # the transport closes it
+        self._popen.stdout.close()
+        self._transport, _ = await self._loop.connect_read_pipe(lambda: protocol, ours)
+        return reader
+
+    def kill(self) -> None:
+        if not self.exited.done():
+            self._popen.kill()
+
+    def close(self) -> None:
+        """Nothing more is said or heard."""
+        if self._transport is not None:
+            self._transport.close()
+        for pipe in (self._popen.stdin, self._popen.stdout):
+            assert pipe is not None
+            pipe.close()
+
+    def _reap(self) -> None:
+        status = self._popen.poll()
+        if status is not None:
+            self._loop.remove_reader(self._pidfd)
+            os.close(self._pidfd)
+            self.exited.set_result(status)
+
+
+async def _follow(child: _Child, job: bytes, progress: Progress | None) -> str:
+    answers = await child.answers()
+    await child.tell(job)
+    while (document := await _answer(answers)) is not None:
         if "progress" in document:
             if progress is not None:
                 progress(document["progress"])
@@ -100,7 +149,7 @@ async def _follow(child: asyncio.subprocess.Process, job: bytes, progress: Progr
             raise revive(document["error"])
         else:
             return str(document["result"])
-    status = await child.wait()
+    status = await asyncio.shield(child.exited)
     how = signal.Signals(-status).name if status < 0 else f"status {status}"
     raise PullerDied(f"the puller ended with {how}", hint="try again; what was fetched is kept")
 
@@ -114,24 +163,19 @@ async def _answer(stream: asyncio.StreamReader) -> dict[str, Any] | None:
     return document if isinstance(document, dict) else None
 
 
-async def _end(child: asyncio.subprocess.Process) -> None:
+async def _end(child: _Child) -> None:
     """Kill and reap; also when we are cancelled, so that no puller writes on behind a later one."""
-    if child.returncode is None:
-        with suppress(ProcessLookupError):
-            child.kill()
-    gone = asyncio.ensure_future(child.wait())
+    child.kill()
     cancelled = False
     deadline = asyncio.get_running_loop().time() + REAP
-    while not gone.done() and (left := deadline - asyncio.get_running_loop().time()) > 0:
+    while not child.exited.done() and (left := deadline - asyncio.get_running_loop().time()) > 0:
         try:
-            await asyncio.wait({gone}, timeout=left)
+            await asyncio.wait({child.exited}, timeout=left)
         except asyncio.CancelledError:
             cancelled = True
-    if not gone.done():
+    if not child.exited.done():
         # It hangs in the kernel (a disk that does not answer). The store's lock keeps others out until it is gone.
-        gone.cancel()
         _log.error("puller does not die", pid=child.pid)
-    if child.stdin is not None:
-        child.stdin.close()
+    child.close()
     if cancelled:
         raise asyncio.CancelledError

@@ -352,7 +352,7 @@ def _certificates() -> list[str]:
 def restrain(job: Job) -> None:
     """Take away what this process does not need before it reads a byte from outside."""
     os.closerange(3, 1 << 16)
-    os.nice(10)
+    os.nice(max(0, 10 - os.nice(0)))
     number = _IOPRIO_SET.get(os.uname().machine)
     if number is not None:
         # A courtesy; a kernel without it changes nothing else.

@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 import structlog
 
 from agent.errors import Overloaded, Unavailable
+from agent.executor.spawn import step_back
 from agent.model.protowire import read_varint
 from agent.serving import handover
 from agent.serving.canonical import read_canonical
@@ -34,7 +35,7 @@ TIMEOUT = 10.0
 """Seconds that the child may take for one message."""
 
 
-_RECORD_COST = 64
+_RECORD_COST = 512
 _BUDGET = 128 << 10
 # Field numbers by what they hold; the rest is copied as it is.
 _NESTED = {"request": {2: "entry"}, "entry": {2: "tensor"}, "tensor": {}}
@@ -82,7 +83,7 @@ def is_light(data: bytes | memoryview) -> bool:
     """Whether a PredictRequest has few enough parts to be parsed at once.
 
     Only counts: nothing is taken from what it walks over, so that a message it reads otherwise than protobuf does is
-    at worst parsed in the wrong place. Bounded itself: 2,048 records, ten bytes for a varint.
+    at worst parsed in the wrong place. Bounded itself: 256 records, ten bytes for a varint.
     """
     try:
         return _cost(data, 0, len(data), "request", 0) <= _BUDGET
@@ -153,6 +154,7 @@ class _Child:
                 ours.close()
                 raise
             self._socket = ours
+        step_back(self._process.pid)
         return ours
 
     def parse(self, data: bytes | memoryview) -> Parsed:

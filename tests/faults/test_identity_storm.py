@@ -13,11 +13,10 @@ CONSTANT = 24 << 10
 next message (agent.memory, 16 MiB), SQLite's page cache (2 MiB), the deployments that are remembered (50)."""
 
 
-# Beside other work the bridge falls below the capacity that was measured, and sheds: on demand until it holds there.
-@pytest.mark.long
+# Alone: beside other work the bridge falls below the capacity that was measured, and sheds.
 @pytest.mark.alone
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("swaps", [30, 200, 1000])
+@pytest.mark.parametrize("swaps", [200, pytest.param(1000, marks=pytest.mark.long)])
 def test_swaps_under_load(swaps: int, tmp_path: Path, record_property: pytest.RecordProperty) -> None:
     report = IdentityStorm(tmp_path, swaps, seed=1).run()
     print(f"\n{report}")

@@ -9,7 +9,7 @@ import pytest
 
 from support.small_host import PHASES, SmallHost
 
-STALL_MS = 5.0
+STALL = 0.005
 
 pytestmark = [
     pytest.mark.long,
@@ -27,4 +27,4 @@ def test_vgg_and_resnet_in_two_gib(tmp_path: Path, record_property: pytest.Recor
     assert report.same_process
     assert set(report.phases) == set(PHASES), "an executor was killed in each phase"
     assert report.rude.keys() == {"30 MB: INVALID_ARGUMENT", "2,000,000 strings: INVALID_ARGUMENT"}
-    assert max(report.stalls, default=0.0) <= STALL_MS, report.stalls[:10]
+    assert max((one.seconds for one in report.stalls), default=0.0) <= STALL, [str(one) for one in report.stalls[:10]]

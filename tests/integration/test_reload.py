@@ -256,7 +256,7 @@ def test_each_way_a_file_becomes_another(tmp_path: Path) -> None:
         def took(queue: int) -> None:
             host.until(lambda: host.status()["config"]["sha256"] != sha[0])
             sha[0] = host.status()["config"]["sha256"]
-            host.until(lambda: host.good["serving"]["max_queue"] == queue)
+            host.until(lambda: host.good["serving"].get("max_queue") == queue)
 
         def content(queue: int) -> str:
             return yaml.safe_dump(merge(host.config, {"serving": {"max_queue": queue}}))

@@ -1,7 +1,7 @@
 """Runs a command as a small host's service would: `confined.py CGROUP UID COMMAND...`, started as root.
 
 In the cgroup, without privileges, the agent last and its children first where memory runs out, and with the right to
-lift children from SCHED_IDLE, as systemd/slotd.service has it.
+lift children from SCHED_IDLE and to lock memory, before others, as systemd/slotd.service has it.
 """
 
 from __future__ import annotations
@@ -48,17 +48,23 @@ def main() -> None:
     (cgroup / "cgroup.procs").write_text(str(os.getpid()))
     with contextlib.suppress(PermissionError):  # in a container; children, at +500, still go first
         Path("/proc/self/oom_score_adj").write_text("-500")
-    rights = ["--inh-caps=-all"]
-    try:
-        resource.setrlimit(resource.RLIMIT_NICE, (20, 20))
-    except ValueError:  # in a container that may not raise it: the right itself
-        rights = ["--inh-caps=+sys_nice", "--ambient-caps=+sys_nice"]
+    rights = []
+    for limit, value, right in (
+        (resource.RLIMIT_NICE, 20, "+sys_nice"),
+        (resource.RLIMIT_MEMLOCK, resource.RLIM_INFINITY, "+ipc_lock"),
+    ):
+        try:
+            resource.setrlimit(limit, (value, value))
+        except ValueError:  # in a container that may not raise it: the right itself
+            rights.append(right)
+    capabilities = ",".join(("-all", *rights))
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
     python = Path(sys.base_prefix)
     if (folder := hidden(python)) is not None:
         uncover(python, folder)
-    who = ["--reuid", str(uid), "--regid", str(uid), "--clear-groups", *rights]
-    os.execvp("setpriv", ["setpriv", *who, *command])
+    os.setpriority(os.PRIO_PROCESS, 0, -10)
+    who = ["--reuid", str(uid), "--regid", str(uid), "--clear-groups"]
+    os.execvp("setpriv", ["setpriv", *who, f"--inh-caps={capabilities}", f"--ambient-caps={capabilities}", *command])
 
 
 main()

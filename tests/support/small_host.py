@@ -24,6 +24,7 @@ from support.cgroups import MemoryGroup
 from support.host import PREDICT, Host, request_bytes
 from support.identity import Seen, open_load
 from support.networks import INPUT, OUTPUT, SIDE, put_folder, write_network
+from support.stall import Pause, recorded
 from support.tfs_client import CHANNEL_OPTIONS
 
 LIMIT = 2 << 30
@@ -62,10 +63,10 @@ class Report:
     seen: Seen
     rude: dict[str, int]
     same_process: bool
-    stalls: list[float]
-    """Milliseconds for which the loop stood still under load, the longest first; those while the kernel looked for
+    stalls: list[Pause]
+    """When the loop stood still under load, the longest first; those while the kernel looked for
     somebody to kill, which halts all who want memory, are in `starved`."""
-    starved: list[float]
+    starved: list[Pause]
     used_mib: int
     faults: list[str] = field(default_factory=list)
 
@@ -76,9 +77,15 @@ class Report:
             f"{self.phases}; {seen.sent} requests, {seen.by}, {seen.mismatches} mismatches, {seen.not_ok} not OK, "
             f"p99 {seen.p99_ms / 1e3:.1f} s, worst {seen.worst_ms / 1e3:.1f} s; beside them {self.rude}; "
             f"same process: {self.same_process}; most memory {self.used_mib} MiB; "
-            f"longest stalls of the loop, ms: {self.stalls[:8]}, while memory was taken away: {self.starved[:8]}\n"
+            "longest stalls of the loop (ms: its own doing, late by, user, system; faults, waits): "
+            f"{_told(self.stalls)}; "
+            f"while memory was taken away: {_told(self.starved)}\n"
             f"{seen.faults}"
         )
+
+
+def _told(pauses: list[Pause]) -> str:
+    return ", ".join(map(str, pauses[:8])) or "none"
 
 
 class SmallHost:
@@ -148,12 +155,11 @@ class SmallHost:
                 assert host.stop(timeout=60) == 0, host.tail()
             finally:
                 host.kill()
-        found: tuple[list[float], list[float]] = ([], [])
-        for line in stalls.read_text().splitlines():
-            at, took = map(float, line.split())
-            if began <= at <= ended:
-                starved = any(start <= at <= end + took for start, end in self._starving)
-                found[starved].append(round(took * 1e3, 1))
+        found: tuple[list[Pause], list[Pause]] = ([], [])
+        for pause in recorded(stalls):
+            if began <= pause.at <= ended:
+                starved = any(start <= pause.at <= end + pause.late for start, end in self._starving)
+                found[starved].append(pause)
         return Report(
             self.swaps,
             seconds,
@@ -163,7 +169,7 @@ class SmallHost:
             seen,
             rude.answers,
             same,
-            *(sorted(some, reverse=True) for some in found),
+            *(sorted(some, key=lambda pause: -pause.seconds) for some in found),
             used,
         )
 

@@ -108,6 +108,7 @@ def test_it_runs_as_its_own_user_and_shows_little(host: Installed) -> None:
             assert score == -500
         if MAY_RAISE:  # nobody is left at SCHED_IDLE: the agent may lift its children
             assert policy == "SCHED_OTHER"
+        assert host.run(["ps", "-o", "ni=", "-p", pid]).stdout.split() == ["-10" if pid == main else "0"]
     assert host.show("slotd", "OOMScoreAdjust") == "-500"
     assert host.show("slotd", "LimitNICE") == "20"
     modes = host.run("stat -c '%U %G %a %n' /var/lib/slotd /run/slotd /run/slotd/*.sock").stdout.splitlines()

@@ -46,7 +46,10 @@ BUFFER = 64 << 10
 MAX_FRAME = 4 << 20
 """Bytes of a DATA frame; all others are small."""
 _STEP = 128 << 10
-"""Bytes that are received at once; libuv reads up to 32 times before anything else has its turn."""
+"""Bytes that are received at once."""
+_TURN = 1 << 20
+"""Bytes after which everybody else has a turn. libuv alone would read 32 times, and where memory is short each page has
+to be found first."""
 CONNECTION_WINDOW = 1 << 30
 """Bytes that a peer may send before we say that it may send more: what bounds a request is its own stream's window."""
 _REFILL = 1 << 28
@@ -120,6 +123,7 @@ class Connection(asyncio.BufferedProtocol):
         self._reading: Call | None = None
         self._ends = False
         self._direct: Call | None = None
+        self._turn = 0
         self._consumed = 0
         self._headers_in = HeaderReader()
         self._block: tuple[int, int, bytearray] | None = None
@@ -211,6 +215,9 @@ class Connection(asyncio.BufferedProtocol):
                 call.assembler.landed(count)
                 if not self._left:
                     self._data_ended()
+                self._turn += count
+                if self._turn >= _TURN:
+                    self._rest()
             else:
                 self._end += count
                 self._read()
@@ -222,6 +229,17 @@ class Connection(asyncio.BufferedProtocol):
         except Exception:  # our own mistake costs this peer its connection, nobody else
             log.exception("connection_failed", peer=self.peer)
             self._fail(frames.INTERNAL_ERROR, "an error inside slotd")
+
+    def _rest(self) -> None:
+        """Until the loop comes round again."""
+        self._turn = 0
+        if self._transport is not None and self._transport.is_reading():
+            self._transport.pause_reading()
+            asyncio.get_running_loop().call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.resume_reading()
 
     # --- frames -------------------------------------------------------------------------------------------------------
 
