@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 VENV_DEMO := .venv-demo
 VENV_TENSORFLOW := .venv-tensorflow
+VENV_CLIENTS := .venv-clients
 PYTEST = $(VENV)/bin/python -m pytest
 # What the tests start as real parts, and the Debian packages that bring it.
 TOOLS := mosquitto mosquitto_pub docker-registry htpasswd skopeo umoci
@@ -18,7 +19,7 @@ export DESTDIR ?=
 export PIP_ROOT_USER_ACTION := ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-system uninstall venv tools tools-vm lint format test test-vm test-long test-tensorflow bench demo deb protos clean
+.PHONY: help install install-system uninstall venv tools tools-vm lint format test test-vm test-long test-tensorflow test-clients bench demo deb protos clean
 
 help: ## Print this
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-24s %s\n", $$1, $$2}'
@@ -53,6 +54,9 @@ $(VENV_DEMO)/.installed: pyproject.toml
 $(VENV_TENSORFLOW)/.installed: Makefile
 	$(call environment,$(VENV_TENSORFLOW),tensorflow-cpu==2.21.0 numpy simplejpeg pillow)
 
+$(VENV_CLIENTS)/.installed: Makefile
+	$(call environment,$(VENV_CLIENTS),'tritonclient[grpc]==2.73.0')
+
 tools: ## Install the real broker, registry and tools that tests start
 	@for tool in $(TOOLS); do command -v $$tool >/dev/null || missing="$$missing $$tool"; done; \
 	  if [ -n "$$missing" ]; then echo "make: not found:$$missing"; $(call apt,$(PACKAGES)); fi
@@ -69,7 +73,7 @@ format: venv ## Format the sources
 	$(VENV)/bin/ruff check --fix .
 
 test: venv tools lint ## Everything that must pass before anything lands
-	$(PYTEST) -q -n 3 --dist worksteal --durations 25 -m "not long and not tensorflow and not vm and not alone"
+	$(PYTEST) -q -n 3 --dist worksteal --durations 25 -m "not long and not tensorflow and not clients and not vm and not alone"
 	$(PYTEST) -q -m "alone and not long"
 
 tools-vm: ## Install what boots the machines that tests run in
@@ -85,6 +89,9 @@ test-long: venv tools ## The tests that take minutes
 
 test-tensorflow: venv $(VENV_TENSORFLOW)/.installed ## Preprocessing against real TensorFlow, in an environment of its own
 	SLOTD_TENSORFLOW=$(CURDIR)/$(VENV_TENSORFLOW)/bin/python $(PYTEST) -q -m tensorflow
+
+test-clients: venv $(VENV_CLIENTS)/.installed ## Clients that are not ours, in an environment of their own
+	SLOTD_CLIENTS=$(CURDIR)/$(VENV_CLIENTS)/bin/python $(PYTEST) -q -m clients
 
 bench: venv ## Figures as ratios in one run, with the machine's noise beside them (minutes; on a quiet machine)
 	$(VENV)/bin/python tests/bench/run.py
@@ -109,9 +116,9 @@ uninstall: ## Take it away again; settings, models and state stay
 
 protos: venv ## Compile the .proto files
 	cd agent/serving/protos && $(CURDIR)/$(VENV)/bin/python -m grpc_tools.protoc -I. --include_imports \
-	  --descriptor_set_out=slotd.binpb tensorflow.proto prediction_service.proto
+	  --descriptor_set_out=slotd.binpb tensorflow.proto prediction_service.proto grpc_predict_v2.proto
 
 clean: ## Remove environments, caches and builds
-	rm -rf $(VENV) $(VENV_DEMO) $(VENV_TENSORFLOW) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis \
+	rm -rf $(VENV) $(VENV_DEMO) $(VENV_TENSORFLOW) $(VENV_CLIENTS) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis \
 	  .import_linter_cache
 	find agent drivers tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -48,7 +48,7 @@ def _request(data: bytes | memoryview, most: int) -> Parsed:
     at, end, before = 0, len(data), 0
     while at < end:
         tag = data[at]
-        start, stop = _span(data, at + 1, end)
+        start, stop = span(data, at + 1, end)
         if tag == 0x0A and not before:
             model, version, signature = _model_spec(data, start, stop)
         elif tag == 0x12 and before <= tag and len(inputs) < MAX_TENSORS:
@@ -58,7 +58,7 @@ def _request(data: bytes | memoryview, most: int) -> Parsed:
             most -= tensor.nbytes
             inputs[name] = tensor
         elif tag == 0x1A and len(outputs) < MAX_FILTER:
-            outputs.append(_name(data, start, stop))
+            outputs.append(name_at(data, start, stop))
         else:
             raise ValueError("another field")
         at, before = stop, tag
@@ -70,15 +70,15 @@ def _model_spec(data: bytes | memoryview, at: int, end: int) -> tuple[str, int |
     before = 0
     while at < end:
         tag = data[at]
-        start, stop = _span(data, at + 1, end)
+        start, stop = span(data, at + 1, end)
         if tag <= before:
             raise ValueError("twice, or out of order")
         if tag == 0x0A:
-            name = _name(data, start, stop)
+            name = name_at(data, start, stop)
         elif tag == 0x12:
             version = _only_number(data, start, stop)
         elif tag == 0x1A:
-            signature = _name(data, start, stop)
+            signature = name_at(data, start, stop)
         else:
             raise ValueError("another field")
         at, before = stop, tag
@@ -88,11 +88,11 @@ def _model_spec(data: bytes | memoryview, at: int, end: int) -> tuple[str, int |
 def _input(data: bytes | memoryview, at: int, end: int, most: int) -> tuple[str, Tensor]:
     if data[at] != 0x0A:
         raise ValueError("no name")
-    start, stop = _span(data, at + 1, end)
-    name = _name(data, start, stop)
+    start, stop = span(data, at + 1, end)
+    name = name_at(data, start, stop)
     if stop >= end or data[stop] != 0x12:
         raise ValueError("no tensor")
-    start, stop = _span(data, stop + 1, end)
+    start, stop = span(data, stop + 1, end)
     if stop != end:
         raise ValueError("something behind it")
     return name, _tensor(data, start, end, most)
@@ -105,7 +105,7 @@ def _tensor(data: bytes | memoryview, at: int, end: int, most: int) -> Tensor:
     at += 2
     shape: tuple[int, ...] = ()
     if data[at] == 0x12:
-        start, at = _span(data, at + 1, end)
+        start, at = span(data, at + 1, end)
         shape = _shape(data, start, at)
     if dtype is None:
         raise ValueError("another dtype")
@@ -113,7 +113,7 @@ def _tensor(data: bytes | memoryview, at: int, end: int, most: int) -> Tensor:
         return _strings(data, at, end, shape, most)
     if data[at] not in (_CONTENT, _PACKED.get(dtype)):
         raise ValueError("values of another kind")
-    start, stop = _span(data, at + 1, end)
+    start, stop = span(data, at + 1, end)
     count = math.prod(shape)
     size = count * dtype.numpy.itemsize
     if stop != end or stop - start != size or not 0 < size <= most:
@@ -127,7 +127,7 @@ def _strings(data: bytes | memoryview, at: int, end: int, shape: tuple[int, ...]
     while at < end:
         if data[at] != _STRING or len(items) == MAX_ITEMS:
             raise ValueError("another field, or too many")
-        start, at = _span(data, at + 1, end)
+        start, at = span(data, at + 1, end)
         copied += at - start
         if copied > MAX_COPIED:
             raise ValueError("too large to be copied here")
@@ -143,7 +143,7 @@ def _shape(data: bytes | memoryview, at: int, end: int) -> tuple[int, ...]:
     while at < end:
         if data[at] != 0x12 or len(sizes) == MAX_RANK:
             raise ValueError("another field, or too many")
-        start, at = _span(data, at + 1, end)
+        start, at = span(data, at + 1, end)
         sizes.append(_only_number(data, start, at))
     return tuple(sizes)
 
@@ -160,13 +160,13 @@ def _only_number(data: bytes | memoryview, at: int, end: int) -> int:
     return value
 
 
-def _name(data: bytes | memoryview, at: int, end: int) -> str:
+def name_at(data: bytes | memoryview, at: int, end: int) -> str:
     if end - at > MAX_NAME:
         raise ValueError("too long")
     return str(data[at:end], "utf-8")
 
 
-def _span(data: bytes | memoryview, at: int, end: int) -> tuple[int, int]:
+def span(data: bytes | memoryview, at: int, end: int) -> tuple[int, int]:
     """Where the content begins whose length stands at `at`, and where it ends: inside its parent."""
     size, at = read_varint(data, at)
     if size > end - at:

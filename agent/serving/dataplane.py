@@ -59,6 +59,9 @@ class Request:
     timeout: float | None = None
     priority: int = 0
     size: int = 0
+    model_field: str = "model"
+    version_field: str = "version"
+    """What its protocol calls these, for errors."""
 
 
 class Answer:
@@ -224,10 +227,10 @@ class Dataplane:
         """Whether it would be answered by the slot."""
         return not self.arbiter.stopping and self.arbiter.host is HostState.SLOT
 
-    def model_names(self) -> list[str]:
-        """The name of the model that answers."""
+    def served(self) -> Seat | None:
+        """An executor of the model that answers."""
         digest = self.arbiter.serving
-        return [seat.model.name for seat in self.seats.values() if seat.model.digest == digest][:1]
+        return next((seat for seat in self.seats.values() if seat.model.digest == digest), None)
 
     async def predict(self, request: Request) -> Answer:
         """The answer to one request. Raises SlotdError; a cancelled call leaves nothing behind."""
@@ -476,12 +479,12 @@ class Dataplane:
         model = seat.model
         if request.model and request.model != model.name:
             raise NotFound(
-                f"no model {request.model[:100]!r} is served here, {model.name!r} is", field="model_spec.name"
+                f"no model {request.model[:100]!r} is served here, {model.name!r} is", field=request.model_field
             )
         if request.version is not None and request.version != model.version:
             raise NotFound(
                 f"version {request.version} of {model.name!r} is not served, {model.version} is",
-                field="model_spec.version",
+                field=request.version_field,
             )
         outputs = bind_outputs(seat.signature, request.outputs)
         return _Bound(seat, bind_inputs(seat.signature, request.inputs), outputs)

@@ -18,7 +18,7 @@ from agent.model.signature import DType, Strings, Tensor, dtype_of
 
 SIGNATURE_NAME = "serving_default"
 
-_Parts = list[bytes | memoryview]
+Parts = list[bytes | memoryview]
 _JOINED = 1 << 20
 """Bytes of a reply up to which joining it keeps Python's lock for well under a millisecond."""
 
@@ -42,28 +42,31 @@ _AS_IT_LIES = (DType.FLOAT32, DType.FLOAT64, DType.BOOL)
 
 
 def encode_response(outputs: Mapping[str, Tensor], *, name: str, version: int, most: int) -> bytes | memoryview:
-    """A PredictResponse of at most `most` bytes. Raises Overloaded if it would be larger.
-
-    A large one is put together without Python's lock.
-    """
-    parts: _Parts = []
+    """A PredictResponse of at most `most` bytes. Raises Overloaded if it would be larger."""
+    parts: Parts = []
     for output, tensor in outputs.items():
         body, size = encode_tensor(tensor)
-        key = _bytes(b"\x0a", output.encode())
+        key = delimited(b"\x0a", output.encode())
         head = key + b"\x12" + varint(size)
         parts += (b"\x0a" + varint(len(head) + size) + head, *body)
-    spec = _bytes(b"\x0a", name.encode()) + _bytes(b"\x12", b"\x08" + varint(version) if version else b"")
-    parts.append(_bytes(b"\x12", spec + _bytes(b"\x1a", SIGNATURE_NAME.encode())))
+    spec = delimited(b"\x0a", name.encode()) + delimited(b"\x12", b"\x08" + varint(version) if version else b"")
+    parts.append(delimited(b"\x12", spec + delimited(b"\x1a", SIGNATURE_NAME.encode())))
+    return put_together(parts, most)
+
+
+def put_together(parts: Parts, most: int) -> bytes | memoryview:
+    """A reply of at most `most` bytes. Raises Overloaded if it would be larger.
+
+    A large one is copied without Python's lock.
+    """
     total = sum(map(len, parts))
     if total > most:
         raise Overloaded(
             f"the reply has {total} bytes; at most {most} are sent",
-            hint="name the outputs you need in output_filter, or send a smaller batch",
+            hint="name the outputs that you need, or send a smaller batch",
         )
-    return b"".join(parts) if total <= _JOINED else _put_together(parts, total)
-
-
-def _put_together(parts: _Parts, total: int) -> memoryview:
+    if total <= _JOINED:
+        return b"".join(parts)
     whole = np.empty(total, np.uint8)
     at = 0
     for part in parts:
@@ -72,13 +75,13 @@ def _put_together(parts: _Parts, total: int) -> memoryview:
     return whole.data
 
 
-def encode_tensor(tensor: Tensor) -> tuple[_Parts, int]:
+def encode_tensor(tensor: Tensor) -> tuple[Parts, int]:
     """A TensorProto in parts, and its length. The parts are views of the tensor's memory where that is possible."""
     dtype = dtype_of(tensor)
     number, tag = _PACKED[dtype]
     head = _head(number, tuple(tensor.shape))
     if isinstance(tensor, Strings):
-        parts: _Parts = [head]
+        parts: Parts = [head]
         for item in tensor.items:
             parts += (tag + varint(len(item)), item)
         return parts, sum(map(len, parts))
@@ -126,9 +129,10 @@ def packed_varints(values: npt.NDArray[Any]) -> bytes:
 @lru_cache(maxsize=256)
 def _head(number: int, shape: tuple[int, ...]) -> bytes:
     """dtype and tensor_shape."""
-    dims = b"".join(_bytes(b"\x12", b"\x08" + varint(size) if size else b"") for size in shape)
-    return b"\x08" + varint(number) + _bytes(b"\x12", dims)
+    dims = b"".join(delimited(b"\x12", b"\x08" + varint(size) if size else b"") for size in shape)
+    return b"\x08" + varint(number) + delimited(b"\x12", dims)
 
 
-def _bytes(tag: bytes, content: bytes) -> bytes:
+def delimited(tag: bytes, content: bytes) -> bytes:
+    """A field of bytes, as protobuf writes it."""
     return tag + varint(len(content)) + content

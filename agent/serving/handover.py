@@ -21,7 +21,8 @@ from agent.model.signature import DType, Strings, Tensor, dtype_of
 from agent.serving.tensorproto import Parsed
 
 RECORD = struct.Struct("<QQ")
-"""What goes over the socket beside the descriptor: offset and length of the part that matters."""
+"""What goes over the socket beside the descriptor. To the child: the number of the request's form, and its length;
+back: offset and length of the document at the end."""
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 _ALIGN = 64
@@ -53,6 +54,7 @@ def write(outcome: Parsed | SlotdError) -> tuple[int, bytes]:
                 "label": outcome.label,
                 "signature": outcome.signature,
                 "outputs": outcome.outputs,
+                "id": outcome.id,
             }
         written = json.dumps(document).encode()
         write_all(memory, written, end)

@@ -50,11 +50,15 @@ class Health:
         self._closed = True
         self._tell()
 
+    def good(self) -> bool:
+        """Whether "" is SERVING."""
+        return bool(self.status("") == SERVING)
+
     def status(self, service: str) -> int | None:
         """The status of a service, None if there is no such service."""
         if service == SLOT:
             good = self._dataplane.slot_answers()
-        elif service in ("", *self._services, *self._dataplane.model_names()):
+        elif service in ("", *self._services, *self._model_names()):
             good = self._dataplane.can_answer()
         else:
             return None
@@ -68,7 +72,7 @@ class Health:
         return _answer(status)
 
     async def _list(self, _: bytes | memoryview, __: Call) -> Reply:
-        names = ("", SLOT, *self._services, *self._dataplane.model_names())
+        names = ("", SLOT, *self._services, *self._model_names())
         listed: bytes = health_pb2.HealthListResponse(
             statuses={name: health_pb2.HealthCheckResponse(status=self.status(name)) for name in names}
         ).SerializeToString()
@@ -89,6 +93,10 @@ class Health:
                 await call.send(_answer(status))
             if not self._closed:
                 await changed.wait()
+
+    def _model_names(self) -> list[str]:
+        served = self._dataplane.served()
+        return [served.model.name] if served is not None else []
 
     def _tell(self) -> None:
         self._changed.set()

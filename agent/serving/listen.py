@@ -1,4 +1,4 @@
-"""The gRPC server: TCP on loopback and a Unix socket, Predict, health, reflection, and an ordered stop."""
+"""The gRPC server: TCP on loopback and a Unix socket, Predict, ModelInfer, health, reflection, and an ordered stop."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import structlog
 
 from agent.config import ServingConfig
 from agent.errors import SlotdError, Unavailable
-from agent.serving import endpoint, health, reflection, tfserving
+from agent.serving import endpoint, health, kserve, reflection, tfserving
 from agent.serving.dataplane import Dataplane
+from agent.serving.exchange import Exchange
 from agent.serving.h2.connection import Connection, Shared
 from agent.serving.h2.messages import Room
 from agent.serving.parse import Parser
@@ -98,14 +99,16 @@ class GrpcServer:
         config = self._config.grpc
         tcp = await asyncio.to_thread(endpoint.loopback, config.listen) if config.listen else None
         room = Room(HELD_MESSAGES * config.max_message)
-        predictions = tfserving.PredictionService(
-            self._dataplane, self._parser, max_message=config.max_message, room=room
-        )
-        services = (tfserving.SERVICE,)
+        exchange = Exchange(self._dataplane, self._parser, max_message=config.max_message, room=room)
+        services = (tfserving.SERVICE, kserve.SERVICE)
         self._health = health.Health(self._dataplane, services)
+        predictions = tfserving.PredictionService(exchange)
+        inferences = kserve.InferenceService(
+            exchange, self._dataplane, self._health.good, max_message=config.max_message
+        )
         described = reflection.Reflection((*services, health.SERVICE))
         self._shared = Shared(
-            {**predictions.routes, **self._health.routes, **described.routes},
+            {**predictions.routes, **inferences.routes, **self._health.routes, **described.routes},
             room,
             max_message=config.max_message,
             max_streams=config.max_streams,

@@ -22,8 +22,8 @@ from agent.errors import Overloaded, Unavailable
 from agent.executor.spawn import step_back
 from agent.model.protowire import read_varint
 from agent.serving import handover
-from agent.serving.canonical import read_canonical
-from agent.serving.tensorproto import Parsed, TooLarge, read_request
+from agent.serving.forms import Form, Part
+from agent.serving.tensorproto import Parsed, TooLarge
 
 log = structlog.get_logger(__name__)
 
@@ -37,13 +37,10 @@ TIMEOUT = 10.0
 
 _RECORD_COST = 512
 _BUDGET = 128 << 10
-# Field numbers by what they hold; the rest is copied as it is.
-_NESTED = {"request": {2: "entry"}, "entry": {2: "tensor"}, "tensor": {}}
-_COSTLY = {"request": {1: 4}, "entry": {}, "tensor": {2: 4, 7: 1, 10: 1, 11: 1, 13: 1, 16: 1, 17: 1}}
 
 
 class Parser:
-    """Parses PredictRequests without stopping the loop. `most`: bytes that the tensors of one request may take."""
+    """Parses requests without stopping the loop. `most`: bytes that the tensors of one request may take."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -56,20 +53,20 @@ class Parser:
         """Start the child, so that the first large message need not wait for it."""
         await asyncio.get_running_loop().run_in_executor(self._thread, self._child.start)
 
-    async def parse(self, data: bytes | memoryview) -> Parsed:
-        """The request in `data`. Raises InvalidInput, Overloaded, Unavailable."""
-        plain = read_canonical(data, most=self._most)
+    async def parse(self, data: bytes | memoryview, form: Form) -> Parsed:
+        """The request in `data`. Raises InvalidInput, Overloaded, Unavailable, and what else its form refuses."""
+        plain = form.plain(data, most=self._most)
         if plain is not None:
             return plain
-        if len(data) <= LARGE and (len(data) <= SMALL or is_light(data)):
+        if len(data) <= LARGE and (len(data) <= SMALL or is_light(data, form)):
             try:
-                return read_request(data, most=min(self._most, LARGE))
+                return form.read(data, most=min(self._most, LARGE))
             except TooLarge:
                 if self._most <= LARGE:
                     raise
         if self._closed:
             raise Unavailable("slotd is stopping")
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._child.parse, data)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._child.parse, data, form.number)
 
     async def close(self) -> None:
         """End the child; a message in it is given up."""
@@ -79,20 +76,19 @@ class Parser:
         await asyncio.to_thread(self._child.reap)
 
 
-def is_light(data: bytes | memoryview) -> bool:
-    """Whether a PredictRequest has few enough parts to be parsed at once.
+def is_light(data: bytes | memoryview, form: Form) -> bool:
+    """Whether a request has few enough parts to be parsed at once.
 
     Only counts: nothing is taken from what it walks over, so that a message it reads otherwise than protobuf does is
     at worst parsed in the wrong place. Bounded itself: 256 records, ten bytes for a varint.
     """
     try:
-        return _cost(data, 0, len(data), "request", 0) <= _BUDGET
+        return _cost(data, 0, len(data), form.parts, 0) <= _BUDGET
     except (IndexError, ValueError):
         return False  # malformed, or groups: the child says what is wrong
 
 
-def _cost(data: bytes | memoryview, at: int, end: int, kind: str, cost: int) -> int:
-    nested, costly = _NESTED[kind], _COSTLY[kind]
+def _cost(data: bytes | memoryview, at: int, end: int, part: Part, cost: int) -> int:
     while at < end and cost <= _BUDGET:
         cost += _RECORD_COST
         tag, at = read_varint(data, at)
@@ -101,9 +97,10 @@ def _cost(data: bytes | memoryview, at: int, end: int, kind: str, cost: int) -> 
             size, at = read_varint(data, at)
             if size > end - at:
                 raise ValueError("a length beyond its parent")
-            if tag >> 3 in nested:
-                cost = _cost(data, at, at + size, nested[tag >> 3], cost)
-            cost += size * costly.get(tag >> 3, 0)
+            inner = part.nested.get(tag >> 3)
+            if inner is not None:
+                cost = _cost(data, at, at + size, inner, cost)
+            cost += size * part.costly.get(tag >> 3, 0)
             at += size
         elif wire == 0:
             at = read_varint(data, at)[1]
@@ -157,13 +154,13 @@ class _Child:
         step_back(self._process.pid)
         return ours
 
-    def parse(self, data: bytes | memoryview) -> Parsed:
-        """The request in `data`, from the child."""
+    def parse(self, data: bytes | memoryview, form: int) -> Parsed:
+        """The request in `data`, whose form has that number, from the child."""
         try:
             channel = self.start()
             with _Descriptor(os.memfd_create("request", os.MFD_CLOEXEC)) as request:
                 handover.write_all(request, data, 0)
-                socket.send_fds(channel, [handover.RECORD.pack(0, len(data))], [request])
+                socket.send_fds(channel, [handover.RECORD.pack(form, len(data))], [request])
             answer, descriptors, _, _ = socket.recv_fds(channel, handover.RECORD.size, 1)
         except OSError as error:  # includes the time-out
             log.warning("parse_child_lost", error=str(error), bytes=len(data))

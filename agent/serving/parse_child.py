@@ -13,7 +13,8 @@ import sys
 from agent.errors import Overloaded, SlotdError
 from agent.executor import sandbox
 from agent.serving import handover
-from agent.serving.tensorproto import Parsed, read_request
+from agent.serving.forms import FORMS, Form
+from agent.serving.tensorproto import Parsed
 
 _FILES = 16
 _BASE_MEMORY = 256 << 20
@@ -31,8 +32,8 @@ def main() -> None:
             return
         request = descriptors[0]
         try:
-            _, size = handover.RECORD.unpack(record)
-            reply, answer = handover.write(_outcome(os.pread(request, size, 0), most))
+            form, size = handover.RECORD.unpack(record)
+            reply, answer = handover.write(_outcome(FORMS[form], os.pread(request, size, 0), most))
         finally:
             os.close(request)
         try:
@@ -47,9 +48,9 @@ def confine(most: int) -> None:
     sandbox.enter(sandbox.Limits(memory, files=_FILES), sandbox.Grants())
 
 
-def _outcome(data: bytes, most: int) -> Parsed | SlotdError:
+def _outcome(form: Form, data: bytes, most: int) -> Parsed | SlotdError:
     try:
-        return read_request(data, most=most)
+        return form.read(data, most=most)
     except SlotdError as error:
         return error
     except MemoryError:

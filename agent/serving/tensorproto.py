@@ -50,7 +50,7 @@ class TooLarge(InvalidInput):
 
 @dataclass(frozen=True, slots=True)
 class Parsed:
-    """One PredictRequest. `version` and `label` are None where the client sent none."""
+    """One request. `version` and `label` are None where the client sent none."""
 
     inputs: dict[str, Tensor]
     model: str = ""
@@ -58,6 +58,8 @@ class Parsed:
     label: str | None = None
     signature: str = ""
     outputs: tuple[str, ...] = ()
+    id: str = ""
+    """What the client calls the request; its answer has it too."""
 
 
 def read_request(data: bytes | memoryview, *, most: int) -> Parsed:
@@ -128,10 +130,10 @@ def read_tensor(name: str, proto: Any, *, most: int, strings: int = MAX_STRINGS)
                 f"has {len(content)} bytes of tensor_content; {dtype.value} {list(shape)} has {size if count else 0}",
                 field=where,
             )
-        return _checked(np.frombuffer(content, _stored(dtype)), dtype, where).reshape(shape)
+        return checked(np.frombuffer(content, stored(dtype)), dtype, where).reshape(shape)
     if len(values) not in (count, 1):
         raise InvalidInput(_miscount(proto, field, len(values), dtype, shape, count), field=where)
-    array = _checked(np.array(values), dtype, where)
+    array = checked(np.array(values), dtype, where)
     return np.full(shape, array[0]) if len(values) != count else array.reshape(shape)
 
 
@@ -172,12 +174,12 @@ def _strings(shape: tuple[int, ...], proto: Any, values: Any, *, most: int, stri
     raise TooLarge(f"string {list(shape)} is larger than {most} bytes", field=where)
 
 
-def _stored(dtype: DType) -> npt.DTypeLike:
+def stored(dtype: DType) -> npt.DTypeLike:
     """What tensor_content and the value lists hold."""
     return np.uint8 if dtype is DType.BOOL else dtype.numpy
 
 
-def _checked(values: npt.NDArray[Any], dtype: DType, where: str) -> npt.NDArray[Any]:
+def checked(values: npt.NDArray[Any], dtype: DType, where: str) -> npt.NDArray[Any]:
     """Values as they were stored, as the dtype they stand for; values that it does not have are refused."""
     if values.dtype == dtype.numpy or not values.size:
         return values.astype(dtype.numpy, copy=False)

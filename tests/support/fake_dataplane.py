@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 from agent.errors import InvalidInput
-from agent.model.signature import Tensor
+from agent.model.signature import DType, Signature, Tensor, TensorSpec
 from agent.serving.dataplane import Request
 
 
@@ -39,6 +40,8 @@ class FakeDataplane:
         self.answering = True
         self.on_slot = True
         self.names = ["toy"]
+        spec = TensorSpec("x:0", DType.FLOAT32, (-1, 4))
+        self.signature = Signature({spec.name: spec}, {spec.name: spec})
         self._callbacks: list[Callable[[], None]] = []
 
     async def predict(self, request: Request) -> FakeAnswer:
@@ -66,8 +69,10 @@ class FakeDataplane:
     def slot_answers(self) -> bool:
         return self.on_slot
 
-    def model_names(self) -> list[str]:
-        return self.names
+    def served(self) -> Any:
+        if not self.names:
+            return None
+        return SimpleNamespace(model=SimpleNamespace(name=self.names[0], version=3), signature=self.signature)
 
     def on_change(self, callback: Callable[[], None]) -> None:
         self._callbacks.append(callback)

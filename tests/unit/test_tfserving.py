@@ -21,9 +21,11 @@ from agent.errors import InvalidInput, Overloaded, Unavailable
 from agent.model.signature import DType, Strings, Tensor, dtype_of
 from agent.serving import handover, protos
 from agent.serving.encode import encode_response, encode_tensor, packed_varints, varint
+from agent.serving.forms import INFER, PREDICT
 from agent.serving.parse import LARGE, Parser, is_light
 from agent.serving.protos import PredictRequest, PredictResponse, TensorProto
 from agent.serving.tensorproto import MAX_STRINGS, Parsed, TooLarge, read_request, read_tensor
+from support.infer_client import infer_request
 from support.stall import stall_probe
 from support.tfs_client import predict_request, tensor_proto
 
@@ -252,7 +254,7 @@ def test_a_mutated_request_is_read_or_refused(data: st.DataObject) -> None:
     )
     for _ in range(data.draw(st.integers(1, 4))):
         wire[data.draw(st.integers(0, len(wire) - 1))] = data.draw(st.integers(0, 255))
-    is_light(bytes(wire))
+    is_light(bytes(wire), PREDICT)
     with suppress(InvalidInput):
         read_request(bytes(wire), most=MOST)
 
@@ -277,7 +279,22 @@ def test_a_mutated_request_is_read_or_refused(data: st.DataObject) -> None:
     ],
 )
 def test_where_a_message_is_parsed(wire: bytes, light: bool) -> None:
-    assert is_light(wire) is light
+    assert is_light(wire, PREDICT) is light
+
+
+@pytest.mark.parametrize(
+    ("wire", "light"),
+    [
+        (infer_request({"x": np.zeros(1 << 19, np.float32)}).SerializeToString(), True),
+        (infer_request({"x": np.zeros(1 << 19, np.float32)}, raw=False).SerializeToString(), True),
+        (infer_request({"x": np.zeros(200_000, np.int64)}, raw=False).SerializeToString(), False),
+        (infer_request({"x": Strings((10_000,), [b""] * 10_000)}, raw=False).SerializeToString(), False),
+        (infer_request({}, outputs=["y"] * 10_000).SerializeToString(), False),
+        (b"\x22\x00" * 10_000, False),
+    ],
+)
+def test_where_another_protocols_message_is_parsed(wire: bytes, light: bool) -> None:
+    assert is_light(wire, INFER) is light
 
 
 @pytest.mark.parametrize(
@@ -292,13 +309,13 @@ def test_where_a_message_is_parsed(wire: bytes, light: bool) -> None:
 @pytest.mark.alone
 async def test_the_child_reads_what_would_be_read_here(inputs: dict[str, Tensor]) -> None:
     wire = predict_request(inputs, model="m", version=4, label="", outputs=["é"]).SerializeToString()
-    assert len(wire) > LARGE or not is_light(wire)
+    assert len(wire) > LARGE or not is_light(wire, PREDICT)
     parser = Parser(MOST)
     await parser.start()
     try:
-        await parser.parse(wire)  # the child is up
+        await parser.parse(wire, PREDICT)  # the child is up
         async with stall_probe(label=f"{len(wire)} bytes through the child"):
-            parsed = await parser.parse(wire)
+            parsed = await parser.parse(wire, PREDICT)
     finally:
         await parser.close()
     assert (parsed.model, parsed.version, parsed.label, parsed.outputs) == ("m", 4, None, ("é",))
@@ -313,11 +330,11 @@ async def test_a_small_message_that_becomes_large_is_made_in_the_child() -> None
     parser = Parser(MOST)
     try:
         async with stall_probe(label="28 MiB from one value"):
-            parsed = await parser.parse(wire)
+            parsed = await parser.parse(wire, PREDICT)
         same(parsed.inputs["x"], np.full(7 << 20, 2, np.float32))
         over = PredictRequest(inputs={"x": proto(1, (9 << 20,), float_val=[2])}).SerializeToString()
         with pytest.raises(InvalidInput, match="larger than"):
-            await parser.parse(over)
+            await parser.parse(over, PREDICT)
     finally:
         await parser.close()
 
@@ -338,9 +355,9 @@ async def test_hostile_messages_do_not_stop_the_loop() -> None:
         for label, wire in messages.items():
             async with stall_probe(label=label):
                 with pytest.raises((InvalidInput, Overloaded)):
-                    await parser.parse(wire)
+                    await parser.parse(wire, PREDICT)
         good = predict_request({"x": np.zeros(2 << 20, np.float32)}, content=True).SerializeToString()
-        assert (await parser.parse(good)).inputs["x"].shape == (2 << 20,)
+        assert (await parser.parse(good, PREDICT)).inputs["x"].shape == (2 << 20,)
     finally:
         await parser.close()
 
@@ -348,9 +365,9 @@ async def test_hostile_messages_do_not_stop_the_loop() -> None:
 async def test_a_closed_parser_is_unavailable() -> None:
     parser = Parser(MOST)
     await parser.close()
-    assert (await parser.parse(b"")).inputs == {}
+    assert (await parser.parse(b"", PREDICT)).inputs == {}
     with pytest.raises(Unavailable):
-        await parser.parse(bytes(LARGE + 1))
+        await parser.parse(bytes(LARGE + 1), PREDICT)
 
 
 def test_the_child_imports_no_grpc() -> None:

@@ -26,4 +26,6 @@ def message(name: str) -> Any:
 PredictRequest = message("tensorflow.serving.PredictRequest")
 PredictResponse = message("tensorflow.serving.PredictResponse")
 TensorProto = message("tensorflow.TensorProto")
+ModelInferRequest = message("inference.ModelInferRequest")
+ModelInferResponse = message("inference.ModelInferResponse")
 DataType = POOL.FindEnumTypeByName("tensorflow.DataType")

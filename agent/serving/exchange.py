@@ -1,0 +1,112 @@
+"""One request's way from wire bytes to wire bytes, the same for each protocol that gRPC carries.
+
+No model knowledge: tensor names go to the dataplane as they came, and its answer's names go back as they are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from agent.errors import DeadlineExceeded, InvalidInput
+from agent.model.signature import Strings, Tensor
+from agent.serving.dataplane import Answer, Dataplane, Request
+from agent.serving.forms import Form
+from agent.serving.h2.call import Call, Metadata, Reply
+from agent.serving.h2.messages import Room
+from agent.serving.parse import LARGE, Parser
+from agent.serving.tensorproto import Parsed
+
+SLOW_ELEMENTS = 32_768
+"""Elements that are encoded one by one on the loop; more of them are encoded in a thread."""
+
+
+@dataclass(frozen=True)
+class Wire:
+    """What a protocol makes of requests and answers."""
+
+    form: Form
+    check: Callable[[Parsed], None]
+    """Raises SlotdError for what it knows and slotd does not serve."""
+    encode: Callable[[Answer, Parsed, int], Reply]
+    """The reply to a request, of so many bytes at most. Raises Overloaded."""
+    one_by_one: Callable[[Tensor], bool]
+    """Whether a tensor's elements are encoded one by one."""
+    model_field: str
+    version_field: str
+
+
+class Exchange:
+    """`room`: bytes of requests that may be in hand at one time, the wire's own already taken."""
+
+    def __init__(self, dataplane: Dataplane, parser: Parser, *, max_message: int, room: Room) -> None:
+        self._dataplane = dataplane
+        self._parser = parser
+        self._max_message = max_message
+        self._room = room
+
+    async def answer(self, data: bytes | memoryview, call: Call, wire: Wire) -> Reply:
+        """The reply to a request. Raises SlotdError."""
+        parsed = await self._parser.parse(data, wire.form)
+        wire.check(parsed)
+        # One value may stand for a whole tensor: what counts is what it has become.
+        grown = max(0, sum(tensor.nbytes for tensor in parsed.inputs.values()) - len(data))
+        self._room.take(grown)
+        try:
+            answer = await self._dataplane.predict(_request(parsed, len(data), call, wire))
+        finally:
+            self._room.give(grown)
+        told = (
+            ("slotd-served-by", answer.served_by),
+            ("slotd-model-digest", answer.digest),
+            ("slotd-model-version", str(answer.version)),
+        )
+        reply = await self._encode(answer, parsed, wire)
+        call.trailing = told
+        return reply
+
+    async def _encode(self, answer: Answer, parsed: Parsed, wire: Wire) -> Reply:
+        """The reply; the answer's memory is given back whatever happens."""
+        if not _slow(answer, wire):
+            with answer:
+                return wire.encode(answer, parsed, self._max_message)
+        encoding = asyncio.get_running_loop().run_in_executor(None, wire.encode, answer, parsed, self._max_message)
+        # Not `with`: a caller that is cancelled must not release what the thread still reads.
+        encoding.add_done_callback(lambda _: answer.release())
+        return await asyncio.shield(encoding)
+
+
+def _request(parsed: Parsed, size: int, call: Call, wire: Wire) -> Request:
+    timeout = call.time_remaining()
+    if timeout is not None and timeout <= 0:
+        raise DeadlineExceeded("the deadline passed before the request was read")
+    return Request(
+        parsed.inputs,
+        model=parsed.model,
+        version=parsed.version,
+        outputs=parsed.outputs,
+        timeout=timeout,
+        priority=_priority(call.metadata),
+        size=size,
+        model_field=wire.model_field,
+        version_field=wire.version_field,
+    )
+
+
+def _priority(metadata: Metadata) -> int:
+    for key, value in metadata:
+        if key == "slotd-priority":
+            if len(value) == 1 and value in "0123456789":
+                return int(value)
+            raise InvalidInput("must be a whole number from 0 to 9", field="slotd-priority")
+    return 0
+
+
+def _slow(answer: Answer, wire: Wire) -> bool:
+    size = elements = 0
+    for tensor in answer.outputs.values():
+        size += tensor.nbytes
+        if wire.one_by_one(tensor):
+            elements += len(tensor.items) if isinstance(tensor, Strings) else tensor.size
+    return size > LARGE or elements > SLOW_ELEMENTS

@@ -1,0 +1,55 @@
+"""The messages that carry requests, one for each protocol: how each is read, and what makes it slow to read.
+
+The parts' costs are for `parse.is_light`: which fields hold parts of their own, and which take time for each of their
+bytes (a list of numbers becomes Python's, a name is looked at). What is in neither is copied as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from agent.serving.canonical import read_canonical
+from agent.serving.infer import read_infer, read_plain_infer
+from agent.serving.tensorproto import Parsed, read_request
+
+
+class _Read(Protocol):
+    def __call__(self, data: bytes | memoryview, *, most: int) -> Parsed: ...
+
+
+class _ReadPlain(Protocol):
+    def __call__(self, data: bytes | memoryview, *, most: int) -> Parsed | None: ...
+
+
+@dataclass(frozen=True)
+class Part:
+    """A message inside of a request, by field numbers."""
+
+    nested: Mapping[int, Part]
+    costly: Mapping[int, int]
+    """Units for each byte."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """`read` takes everything; `plain` what clients really send, in place, and None for the rest."""
+
+    number: int
+    """By which the child that parses knows it."""
+    read: _Read
+    plain: _ReadPlain
+    parts: Part
+
+
+_TENSOR = Part({}, {2: 4, 7: 1, 10: 1, 11: 1, 13: 1, 16: 1, 17: 1})
+PREDICT = Form(0, read_request, read_canonical, Part({2: Part({2: _TENSOR}, {})}, {1: 4}))
+"""tensorflow.serving.PredictRequest."""
+
+_CONTENTS = Part({}, dict.fromkeys(range(1, 6), 1))
+_INPUT = Part({5: _CONTENTS}, {3: 4, 4: 4})
+INFER = Form(1, read_infer, read_plain_infer, Part({5: _INPUT}, {4: 4, 6: 4}))
+"""inference.ModelInferRequest."""
+
+FORMS = (PREDICT, INFER)

@@ -1,0 +1,86 @@
+"""Unmodified tritonclient, in its own environment and process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.host import Host
+
+PYTHON = os.environ.get("SLOTD_CLIENTS", "")
+PROGRAM = Path(__file__).with_name("triton_program.py")
+pytestmark = [
+    pytest.mark.clients,
+    pytest.mark.skipif(not PYTHON, reason="SLOTD_CLIENTS names no Python that has tritonclient (make test-clients)"),
+]
+SECONDS = 12
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What it saw, with swaps among two models while it sends."""
+    host = Host(tmp_path_factory.mktemp("host"))
+    for tag, scale in (("one:1", 2.0), ("two:1", 3.0)):
+        host.pack(tag, scale=scale)
+    with host:
+        assert host.deploy("one:1")["outcome"] == "committed"
+        argv = [PYTHON, "-I", str(PROGRAM), host.address, str(SECONDS)]
+        with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as program:
+            assert program.stdout is not None
+            assert program.stdout.readline() == "ready\n"
+            swaps = 0
+            while program.poll() is None and swaps < 4:
+                assert host.deploy("two:1" if swaps % 2 == 0 else "one:1")["outcome"] == "committed"
+                swaps += 1
+            document: dict[str, Any] = json.loads(program.stdout.readline())
+    assert swaps >= 2
+    print(f"\n{swaps} swaps: {document['answers']}")
+    return document
+
+
+def test_it_finds_what_it_looks_for(seen: dict[str, Any]) -> None:
+    assert (seen["live"], seen["ready"], seen["model"], seen["other"], seen["server"]) == (
+        True,
+        True,
+        True,
+        False,
+        "slotd",
+    )
+    metadata = seen["metadata"]
+    assert (metadata["name"], metadata["versions"]) == ("one", ["1"])
+    assert metadata["inputs"] == [{"name": "x", "datatype": "FP32", "shape": ["-1", "4"]}]
+    assert metadata["outputs"] == [{"name": "y", "datatype": "FP32", "shape": ["-1", "4"]}]
+
+
+def test_it_reads_the_answer(seen: dict[str, Any]) -> None:
+    assert seen["named"] == ["r-1", "1", [[1.0, 3.0, 5.0, 7.0], [9.0, 11.0, 13.0, 15.0]]]
+
+
+@pytest.mark.parametrize(
+    ("case", "status", "said"),
+    [
+        ("wrong tensor", "StatusCode.INVALID_ARGUMENT", "z: the model has no such input; it has 'x'"),
+        ("wrong shape", "StatusCode.INVALID_ARGUMENT", "x: has shape [1, 5]"),
+        ("wrong dtype", "StatusCode.INVALID_ARGUMENT", "x: has dtype float64, the model takes float32"),
+        ("wrong model", "StatusCode.NOT_FOUND", "no model 'other' is served here"),
+    ],
+)
+def test_it_is_told_what_is_wrong(seen: dict[str, Any], case: str, status: str, said: str) -> None:
+    assert seen[case][0] == status
+    assert said in seen[case][1]
+
+
+def test_its_stream(seen: dict[str, Any]) -> None:
+    first, second, wrong, last = seen["stream"]
+    assert (first, second, last) == (3.0, 5.0, 7.0)
+    assert "x: has shape [1, 5]" in wrong
+
+
+def test_it_does_not_notice_swaps(seen: dict[str, Any]) -> None:
+    assert seen["answers"].keys() == {"3.0", "4.0"}, "one of the two models, nothing else"
+    assert sum(seen["answers"].values()) > 1000
