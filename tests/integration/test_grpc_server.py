@@ -298,7 +298,7 @@ async def test_a_reply_over_the_limit(tmp_path: Path) -> None:
         house.dataplane.behave = lambda _: {"y": np.zeros(1 << 20, np.float32)}
         error = await refused(client.predict({"x": X}))
         assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert "output_filter" in trailing(error)["slotd-error-hint"]
+        assert "name the outputs" in trailing(error)["slotd-error-hint"]
         assert house.dataplane.answers[0].released
 
 
@@ -376,12 +376,13 @@ async def test_health_tells_the_truth(house: House) -> None:
         async def check(service: str) -> int:
             return int((await stub.Check(health_pb2.HealthCheckRequest(service=service))).status)
 
-        names = ("", "toy", "tensorflow.serving.PredictionService", "slotd.slot")
-        assert [await check(name) for name in names] == [SERVING] * 4
+        services = ("tensorflow.serving.PredictionService", "inference.GRPCInferenceService")
+        names = ("", "toy", *services, "slotd.slot")
+        assert [await check(name) for name in names] == [SERVING] * 5
         house.dataplane.change(on_slot=False)
-        assert [await check(name) for name in names] == [SERVING] * 3 + [NOT_SERVING]
+        assert [await check(name) for name in names] == [SERVING] * 4 + [NOT_SERVING]
         house.dataplane.change(answering=False)
-        assert [await check(name) for name in names] == [NOT_SERVING] * 4
+        assert [await check(name) for name in names] == [NOT_SERVING] * 5
         listed = await stub.List(health_pb2.HealthListRequest())
         assert {name: status.status for name, status in listed.statuses.items()} == dict.fromkeys(names, NOT_SERVING)
         error = await refused(stub.Check(health_pb2.HealthCheckRequest(service="nobody")))
@@ -424,6 +425,7 @@ async def test_reflection_gives_what_a_client_needs_to_call(house: House) -> Non
         assert services == [
             "grpc.health.v1.Health",
             "grpc.reflection.v1alpha.ServerReflection",
+            "inference.GRPCInferenceService",
             "tensorflow.serving.PredictionService",
         ]
         for service in services:

@@ -394,10 +394,3 @@ def test_what_the_child_hands_over_is_sealed() -> None:
             handover.read(loose, record)
     finally:
         os.close(loose)
-
-
-def test_malloc_is_tuned() -> None:
-    """In a process of its own: it is for good."""
-    program = "from agent.memory import tune_malloc; print(tune_malloc())"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
-    assert done.stdout.strip() == b"True"
