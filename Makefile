@@ -116,7 +116,8 @@ uninstall: ## Take it away again; settings, models and state stay
 
 protos: venv ## Compile the .proto files
 	cd agent/serving/protos && $(CURDIR)/$(VENV)/bin/python -m grpc_tools.protoc -I. --include_imports \
-	  --descriptor_set_out=slotd.binpb tensorflow.proto prediction_service.proto grpc_predict_v2.proto
+	  --descriptor_set_out=slotd.binpb tensorflow.proto signature.proto prediction_service.proto model_service.proto \
+	  grpc_predict_v2.proto
 
 clean: ## Remove environments, caches and builds
 	rm -rf $(VENV) $(VENV_DEMO) $(VENV_TENSORFLOW) $(VENV_CLIENTS) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis \

@@ -3,9 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
-from agent.errors import InvalidInput
+from agent.errors import InvalidInput, NotFound
 from agent.model.signature import Signature, Tensor, TensorSpec, dtype_of
+from agent.model.spec import Model
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFields:
+    """What a protocol calls the fields that name a model, for errors."""
+
+    name: str = "model"
+    version: str = "version"
+
+
+OUR_FIELDS = ModelFields()
+
+
+def check_model(model: Model, name: str, version: int | None, fields: ModelFields) -> None:
+    """Whether `model` is the one that is meant; an empty name and no version mean any. Raises NotFound."""
+    if name not in ("", model.name):
+        raise NotFound(f"no model {name[:100]!r} is served here, {model.name!r} is", field=fields.name)
+    if version not in (None, model.version):
+        raise NotFound(f"version {version} of {model.name!r} is not served, {model.version} is", field=fields.version)
 
 
 def _find(name: str, specs: Mapping[str, TensorSpec], side: str) -> TensorSpec:

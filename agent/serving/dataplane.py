@@ -21,7 +21,6 @@ from agent.errors import (
     DeadlineExceeded,
     ExecutorDied,
     InvalidInput,
-    NotFound,
     Poison,
     SlotdError,
     SlotError,
@@ -30,7 +29,7 @@ from agent.errors import (
 from agent.executor.client import Call, Reply
 from agent.executor.seat import Prepared, Seat
 from agent.model.signature import Tensor
-from agent.serving.binding import bind_inputs, bind_outputs
+from agent.serving.binding import OUR_FIELDS, ModelFields, bind_inputs, bind_outputs, check_model
 from agent.slot.admission import Admission, Latencies, Place, Ticket
 from agent.slot.arbiter import Answerer, Arbiter, HostState, On, Refuse, Wait
 
@@ -59,9 +58,7 @@ class Request:
     timeout: float | None = None
     priority: int = 0
     size: int = 0
-    model_field: str = "model"
-    version_field: str = "version"
-    """What its protocol calls these, for errors."""
+    fields: ModelFields = OUR_FIELDS
 
 
 class Answer:
@@ -476,16 +473,7 @@ class Dataplane:
         return bound
 
     def _bind(self, request: Request, seat: Seat) -> _Bound:
-        model = seat.model
-        if request.model and request.model != model.name:
-            raise NotFound(
-                f"no model {request.model[:100]!r} is served here, {model.name!r} is", field=request.model_field
-            )
-        if request.version is not None and request.version != model.version:
-            raise NotFound(
-                f"version {request.version} of {model.name!r} is not served, {model.version} is",
-                field=request.version_field,
-            )
+        check_model(seat.model, request.model, request.version, request.fields)
         outputs = bind_outputs(seat.signature, request.outputs)
         return _Bound(seat, bind_inputs(seat.signature, request.inputs), outputs)
 

@@ -9,8 +9,10 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from agent.errors import DeadlineExceeded, InvalidInput
+from agent.errors import DeadlineExceeded, InvalidInput, Unavailable
+from agent.executor.seat import Seat
 from agent.model.signature import Strings, Tensor
+from agent.serving.binding import ModelFields, check_model
 from agent.serving.dataplane import Answer, Dataplane, Request
 from agent.serving.forms import Form
 from agent.serving.h2.call import Call, Metadata, Reply
@@ -33,8 +35,7 @@ class Wire:
     """The reply to a request, of so many bytes at most. Raises Overloaded."""
     one_by_one: Callable[[Tensor], bool]
     """Whether a tensor's elements are encoded one by one."""
-    model_field: str
-    version_field: str
+    fields: ModelFields
 
 
 class Exchange:
@@ -77,6 +78,15 @@ class Exchange:
         return await asyncio.shield(encoding)
 
 
+def served(dataplane: Dataplane, name: str, version: int | None, fields: ModelFields) -> Seat:
+    """The model that answers, if it is the one that is meant. Raises NotFound, Unavailable."""
+    seat = dataplane.served()
+    if seat is None:
+        raise Unavailable("no model is served", hint="deploy one: slotd deploy IMAGE", retry_after=1.0)
+    check_model(seat.model, name, version, fields)
+    return seat
+
+
 def _request(parsed: Parsed, size: int, call: Call, wire: Wire) -> Request:
     timeout = call.time_remaining()
     if timeout is not None and timeout <= 0:
@@ -89,8 +99,7 @@ def _request(parsed: Parsed, size: int, call: Call, wire: Wire) -> Request:
         timeout=timeout,
         priority=_priority(call.metadata),
         size=size,
-        model_field=wire.model_field,
-        version_field=wire.version_field,
+        fields=wire.fields,
     )
 
 

@@ -16,15 +16,16 @@ from agent import __version__
 from agent.errors import InvalidInput, NotFound, SlotdError, Unavailable
 from agent.executor.seat import Seat
 from agent.model.signature import Strings, Tensor, TensorSpec
+from agent.serving.binding import ModelFields
 from agent.serving.dataplane import Answer, Dataplane
 from agent.serving.encode import varint
-from agent.serving.exchange import Exchange, Wire
+from agent.serving.exchange import Exchange, Wire, served
 from agent.serving.forms import INFER
 from agent.serving.h2.call import Call, Method, Reply
 from agent.serving.h2.messages import unpack
 from agent.serving.infer import DATATYPES, encode_infer, version_of
 from agent.serving.protos import message
-from agent.serving.tensorproto import Parsed, short
+from agent.serving.tensorproto import Parsed
 
 SERVICE = "inference.GRPCInferenceService"
 PLATFORM = "slotd"
@@ -103,17 +104,8 @@ class InferenceService:
         }
 
     def _model(self, name: str, version: str) -> Seat:
-        """The model of that name that answers. Raises NotFound, Unavailable."""
-        seat = self._dataplane.served()
-        if seat is None:
-            raise Unavailable("no model is served", hint="deploy one: slotd deploy IMAGE", retry_after=1.0)
-        if name not in ("", seat.model.name):
-            raise NotFound(f"no model {short(name)!r} is served here, {seat.model.name!r} is", field="name")
-        if version_of(version) not in (None, seat.model.version):
-            raise NotFound(
-                f"version {version} of {seat.model.name!r} is not served, {seat.model.version} is", field="version"
-            )
-        return seat
+        number = version_of(version)
+        return served(self._dataplane, name, number, ModelFields("name", "version"))
 
 
 _StreamResponse = message("inference.ModelStreamInferResponse")
@@ -145,4 +137,4 @@ def _one_by_one(tensor: Tensor) -> bool:
     return isinstance(tensor, Strings)
 
 
-WIRE = Wire(INFER, lambda _: None, _encode, _one_by_one, "model_name", "model_version")
+WIRE = Wire(INFER, lambda _: None, _encode, _one_by_one, ModelFields("model_name", "model_version"))

@@ -100,9 +100,9 @@ class GrpcServer:
         tcp = await asyncio.to_thread(endpoint.loopback, config.listen) if config.listen else None
         room = Room(HELD_MESSAGES * config.max_message)
         exchange = Exchange(self._dataplane, self._parser, max_message=config.max_message, room=room)
-        services = (tfserving.SERVICE, kserve.SERVICE)
+        services = (tfserving.SERVICE, tfserving.MODEL_SERVICE, kserve.SERVICE)
         self._health = health.Health(self._dataplane, services)
-        predictions = tfserving.PredictionService(exchange)
+        predictions = tfserving.PredictionService(exchange, self._dataplane)
         inferences = kserve.InferenceService(
             exchange, self._dataplane, self._health.good, max_message=config.max_message
         )

@@ -1,37 +1,130 @@
-"""tensorflow.serving.PredictionService: errors as its clients expect them."""
+"""tensorflow.serving's services: errors as their clients expect them.
+
+Source: prediction_service.proto and model_service.proto of TensorFlow Serving.
+"""
 
 from __future__ import annotations
 
-from agent.errors import InvalidInput, NotFound
-from agent.model.signature import DType, Tensor, dtype_of
-from agent.serving.dataplane import Answer
+from typing import Any
+
+from google.protobuf.message import DecodeError
+
+from agent.errors import InvalidInput, NotFound, Unimplemented
+from agent.executor.seat import Seat
+from agent.model.signature import DType, Tensor, TensorSpec, dtype_of
+from agent.serving.binding import ModelFields
+from agent.serving.dataplane import Answer, Dataplane
 from agent.serving.encode import SIGNATURE_NAME, encode_response
-from agent.serving.exchange import Exchange, Wire
+from agent.serving.exchange import Exchange, Wire, served
 from agent.serving.forms import PREDICT
 from agent.serving.h2.call import Call, Method, Reply
-from agent.serving.tensorproto import Parsed, short
+from agent.serving.protos import message
+from agent.serving.tensorproto import FIELDS, Parsed, short
 
 SERVICE = "tensorflow.serving.PredictionService"
 
 
-class PredictionService:
-    """Its calls."""
+MODEL_SERVICE = "tensorflow.serving.ModelService"
+METADATA = "signature_def"
+_METHOD = "tensorflow/serving/predict"
+_NO_HEAD = ("Classify", "Regress", "MultiInference")
 
-    def __init__(self, exchange: Exchange) -> None:
+
+class PredictionService:
+    """Predict and GetModelMetadata, ModelService's GetModelStatus, and clear refusals of the rest."""
+
+    def __init__(self, exchange: Exchange, dataplane: Dataplane) -> None:
         self._exchange = exchange
-        self.routes = {f"/{SERVICE}/Predict": Method(unary=self._predict)}
+        self._dataplane = dataplane
+        self.routes = {
+            f"/{SERVICE}/Predict": Method(unary=self._predict),
+            f"/{SERVICE}/GetModelMetadata": Method(unary=self._metadata),
+            f"/{MODEL_SERVICE}/GetModelStatus": Method(unary=self._status),
+            f"/{MODEL_SERVICE}/HandleReloadConfigRequest": Method(unary=_no_reload),
+        } | {f"/{SERVICE}/{name}": Method(unary=_no_head) for name in _NO_HEAD}
 
     async def _predict(self, data: bytes | memoryview, call: Call) -> Reply:
         return await self._exchange.answer(data, call, WIRE)
 
+    async def _metadata(self, data: bytes | memoryview, _: Call) -> Reply:
+        asked = _read(_MetadataRequest, data)
+        if not asked.metadata_field:
+            raise InvalidInput("names nothing", field="metadata_field", hint=f"ask for {METADATA!r}")
+        for field in asked.metadata_field:
+            if field != METADATA:
+                raise InvalidInput(f"there is no {short(field)!r}, only {METADATA!r}", field="metadata_field")
+        seat = self._model(asked.model_spec)
+        signature = _SignatureDef(method_name=_METHOD)
+        for specs, side in ((seat.signature.inputs, signature.inputs), (seat.signature.outputs, signature.outputs)):
+            for spec in specs.values():
+                side[spec.name].CopyFrom(_described(spec))
+        answer = _MetadataResponse(model_spec=_spec(seat))
+        answer.metadata[METADATA].Pack(_SignatureDefMap(signature_def={SIGNATURE_NAME: signature}))
+        written: bytes = answer.SerializeToString()
+        return written
+
+    async def _status(self, data: bytes | memoryview, _: Call) -> Reply:
+        """AVAILABLE for the model that answers: another one is not there for a client before it does."""
+        seat = self._model(_read(_StatusRequest, data).model_spec)
+        status = {"version": seat.model.version, "state": "AVAILABLE", "status": {}}
+        written: bytes = _StatusResponse(model_version_status=[status]).SerializeToString()
+        return written
+
+    def _model(self, spec: Any) -> Seat:
+        choice = spec.WhichOneof("version_choice")
+        if choice == "version_label":
+            raise _no_label(spec.version_label)
+        version = spec.version.value if choice == "version" else None
+        return served(self._dataplane, spec.name, version, WIRE.fields)
+
+
+_MetadataRequest = message("tensorflow.serving.GetModelMetadataRequest")
+_MetadataResponse = message("tensorflow.serving.GetModelMetadataResponse")
+_StatusRequest = message("tensorflow.serving.GetModelStatusRequest")
+_StatusResponse = message("tensorflow.serving.GetModelStatusResponse")
+_SignatureDef = message("tensorflow.SignatureDef")
+_SignatureDefMap = message("tensorflow.serving.SignatureDefMap")
+_TensorInfo = message("tensorflow.TensorInfo")
+_NUMBERS = {dtype: number for number, dtype, _ in FIELDS}
+
+
+def _read(kind: Any, data: bytes | memoryview) -> Any:
+    try:
+        return kind.FromString(bytes(data))
+    except DecodeError:
+        raise InvalidInput(f"the bytes are not a {kind.DESCRIPTOR.full_name}", field="request") from None
+
+
+def _described(spec: TensorSpec) -> Any:
+    shape = {"dim": [{"size": size} for size in spec.shape]}
+    return _TensorInfo(name=spec.name, dtype=_NUMBERS[spec.dtype], tensor_shape=shape)
+
+
+def _spec(seat: Seat) -> dict[str, object]:
+    return {"name": seat.model.name, "version": {"value": seat.model.version}}
+
+
+async def _no_head(_: bytes | memoryview, __: Call) -> Reply:
+    raise Unimplemented("the model takes tensors, and has no head for examples", hint="call Predict")
+
+
+async def _no_reload(_: bytes | memoryview, __: Call) -> Reply:
+    raise Unimplemented(
+        "models are not changed by clients", hint="slotd deploy IMAGE on the host, or its command over MQTT"
+    )
+
+
+def _no_label(label: str) -> NotFound:
+    return NotFound(
+        f"no version is labelled {short(label)!r}; labels are not supported",
+        field="model_spec.version_label",
+        hint="leave version_label out, or set version",
+    )
+
 
 def _check(parsed: Parsed) -> None:
     if parsed.label is not None:
-        raise NotFound(
-            f"no version is labelled {short(parsed.label)!r}; labels are not supported",
-            field="model_spec.version_label",
-            hint="leave version_label out, or set version",
-        )
+        raise _no_label(parsed.label)
     if parsed.signature not in ("", SIGNATURE_NAME):
         raise InvalidInput(
             f"there is no signature {short(parsed.signature)!r}, only {SIGNATURE_NAME!r}",
@@ -47,4 +140,4 @@ def _one_by_one(tensor: Tensor) -> bool:
     return dtype_of(tensor) not in (DType.FLOAT32, DType.FLOAT64, DType.BOOL)
 
 
-WIRE = Wire(PREDICT, _check, _encode, _one_by_one, "model_spec.name", "model_spec.version")
+WIRE = Wire(PREDICT, _check, _encode, _one_by_one, ModelFields("model_spec.name", "model_spec.version"))

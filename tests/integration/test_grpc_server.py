@@ -27,7 +27,7 @@ from agent.errors import Conflict, DeadlineExceeded, InvalidConfig, NotFound, Ov
 from agent.model.signature import Strings, Tensor
 from agent.serving import listen
 from agent.serving.listen import GrpcServer
-from agent.serving.protos import PredictRequest, PredictResponse
+from agent.serving.protos import PredictRequest, PredictResponse, message
 from support.fake_dataplane import FakeDataplane
 from support.stall import stall_probe
 from support.tfs_client import PREDICT, TfsClient, predict_request, tensor_proto, trailing
@@ -376,13 +376,17 @@ async def test_health_tells_the_truth(house: House) -> None:
         async def check(service: str) -> int:
             return int((await stub.Check(health_pb2.HealthCheckRequest(service=service))).status)
 
-        services = ("tensorflow.serving.PredictionService", "inference.GRPCInferenceService")
+        services = (
+            "tensorflow.serving.PredictionService",
+            "tensorflow.serving.ModelService",
+            "inference.GRPCInferenceService",
+        )
         names = ("", "toy", *services, "slotd.slot")
-        assert [await check(name) for name in names] == [SERVING] * 5
+        assert [await check(name) for name in names] == [SERVING] * 6
         house.dataplane.change(on_slot=False)
-        assert [await check(name) for name in names] == [SERVING] * 4 + [NOT_SERVING]
+        assert [await check(name) for name in names] == [SERVING] * 5 + [NOT_SERVING]
         house.dataplane.change(answering=False)
-        assert [await check(name) for name in names] == [NOT_SERVING] * 5
+        assert [await check(name) for name in names] == [NOT_SERVING] * 6
         listed = await stub.List(health_pb2.HealthListRequest())
         assert {name: status.status for name, status in listed.statuses.items()} == dict.fromkeys(names, NOT_SERVING)
         error = await refused(stub.Check(health_pb2.HealthCheckRequest(service="nobody")))
@@ -426,6 +430,7 @@ async def test_reflection_gives_what_a_client_needs_to_call(house: House) -> Non
             "grpc.health.v1.Health",
             "grpc.reflection.v1alpha.ServerReflection",
             "inference.GRPCInferenceService",
+            "tensorflow.serving.ModelService",
             "tensorflow.serving.PredictionService",
         ]
         for service in services:
@@ -588,3 +593,83 @@ def _parse_children() -> list[psutil.Process]:
         for child in psutil.Process().children()
         if child.status() != psutil.STATUS_ZOMBIE and "agent.serving.parse_child" in child.cmdline()
     ]
+
+
+# --- what a model is --------------------------------------------------------------------------------------------------
+
+
+async def ask(house: House, path: str, request: bytes) -> bytes:
+    async with grpc.aio.insecure_channel(house.addresses[0]) as channel:
+        return bytes(await channel.unary_unary(f"/tensorflow.serving.{path}")(request))
+
+
+def question(kind: str, **fields: Any) -> bytes:
+    return bytes(message(f"tensorflow.serving.{kind}Request")(**fields).SerializeToString())
+
+
+async def test_a_models_signature(house: House) -> None:
+    asked = question("GetModelMetadata", model_spec={"name": "toy"}, metadata_field=["signature_def"])
+    answer = message("tensorflow.serving.GetModelMetadataResponse").FromString(
+        await ask(house, "PredictionService/GetModelMetadata", asked)
+    )
+    assert (answer.model_spec.name, answer.model_spec.version.value) == ("toy", 3)
+    packed = answer.metadata["signature_def"]
+    assert packed.type_url == "type.googleapis.com/tensorflow.serving.SignatureDefMap"
+    signature = message("tensorflow.serving.SignatureDefMap").FromString(packed.value).signature_def["serving_default"]
+    assert signature.method_name == "tensorflow/serving/predict"
+    for side in (signature.inputs, signature.outputs):
+        (name,) = side
+        assert (name, side[name].name, side[name].dtype) == ("x:0", "x:0", 1)
+        assert [dim.size for dim in side[name].tensor_shape.dim] == [-1, 4]
+
+
+async def test_a_models_status(house: House) -> None:
+    asked = question("GetModelStatus", model_spec={"name": "toy", "version": {"value": 3}})
+    answer = message("tensorflow.serving.GetModelStatusResponse").FromString(
+        await ask(house, "ModelService/GetModelStatus", asked)
+    )
+    (status,) = answer.model_version_status
+    assert (status.version, status.state, status.status.error_code) == (3, 30, 0)
+
+
+@pytest.mark.parametrize(
+    ("path", "request_", "status", "field"),
+    [
+        ("PredictionService/GetModelMetadata", question("GetModelMetadata"), "INVALID_ARGUMENT", "metadata_field"),
+        (
+            "PredictionService/GetModelMetadata",
+            question("GetModelMetadata", metadata_field=["warmup"]),
+            "INVALID_ARGUMENT",
+            "metadata_field",
+        ),
+        (
+            "PredictionService/GetModelMetadata",
+            question("GetModelMetadata", model_spec={"name": "other"}, metadata_field=["signature_def"]),
+            "NOT_FOUND",
+            "model_spec.name",
+        ),
+        (
+            "ModelService/GetModelStatus",
+            question("GetModelStatus", model_spec={"name": "toy", "version": {"value": 0}}),
+            "NOT_FOUND",
+            "model_spec.version",
+        ),
+        (
+            "ModelService/GetModelStatus",
+            question("GetModelStatus", model_spec={"version_label": "stable"}),
+            "NOT_FOUND",
+            "model_spec.version_label",
+        ),
+        ("ModelService/GetModelStatus", b"\xff", "INVALID_ARGUMENT", "request"),
+        ("ModelService/HandleReloadConfigRequest", b"", "UNIMPLEMENTED", ""),
+        ("PredictionService/Classify", b"", "UNIMPLEMENTED", ""),
+        ("PredictionService/MultiInference", b"", "UNIMPLEMENTED", ""),
+    ],
+)
+async def test_what_is_asked_in_vain(house: House, path: str, request_: bytes, status: str, field: str) -> None:
+    error = await refused(ask(house, path, request_))
+    assert error.code().name == status
+    told = trailing(error)
+    assert told.get("slotd-error-field", "") == field
+    if status == "UNIMPLEMENTED":
+        assert told["slotd-error-hint"]
