@@ -57,6 +57,11 @@ $(VENV_TENSORFLOW)/.installed: Makefile
 $(VENV_CLIENTS)/.installed: Makefile
 	$(call environment,$(VENV_CLIENTS),'tritonclient[grpc]==2.73.0')
 
+# Without what it depends on, which would be TensorFlow once more.
+$(VENV_TENSORFLOW)/.serving: $(VENV_TENSORFLOW)/.installed
+	@$(VENV_TENSORFLOW)/bin/pip install -q --no-deps tensorflow-serving-api==2.21.0
+	@touch $@
+
 tools: ## Install the real broker, registry and tools that tests start
 	@for tool in $(TOOLS); do command -v $$tool >/dev/null || missing="$$missing $$tool"; done; \
 	  if [ -n "$$missing" ]; then echo "make: not found:$$missing"; $(call apt,$(PACKAGES)); fi
@@ -90,8 +95,9 @@ test-long: venv tools ## The tests that take minutes
 test-tensorflow: venv $(VENV_TENSORFLOW)/.installed ## Preprocessing against real TensorFlow, in an environment of its own
 	SLOTD_TENSORFLOW=$(CURDIR)/$(VENV_TENSORFLOW)/bin/python $(PYTEST) -q -m tensorflow
 
-test-clients: venv $(VENV_CLIENTS)/.installed ## Clients that are not ours, in an environment of their own
-	SLOTD_CLIENTS=$(CURDIR)/$(VENV_CLIENTS)/bin/python $(PYTEST) -q -m clients
+test-clients: venv $(VENV_CLIENTS)/.installed $(VENV_TENSORFLOW)/.serving ## Clients that are not ours, in their own environments
+	SLOTD_CLIENTS=$(CURDIR)/$(VENV_CLIENTS)/bin/python \
+	SLOTD_TENSORFLOW_SERVING=$(CURDIR)/$(VENV_TENSORFLOW)/bin/python $(PYTEST) -q -m clients
 
 bench: venv ## Figures as ratios in one run, with the machine's noise beside them (minutes; on a quiet machine)
 	$(VENV)/bin/python tests/bench/run.py

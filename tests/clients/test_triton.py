@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-from support.host import Host
+from clients.across_swaps import watch
 
 PYTHON = os.environ.get("SLOTD_CLIENTS", "")
 PROGRAM = Path(__file__).with_name("triton_program.py")
@@ -18,29 +15,11 @@ pytestmark = [
     pytest.mark.clients,
     pytest.mark.skipif(not PYTHON, reason="SLOTD_CLIENTS names no Python that has tritonclient (make test-clients)"),
 ]
-SECONDS = 12
 
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What it saw, with swaps among two models while it sends."""
-    host = Host(tmp_path_factory.mktemp("host"))
-    for tag, scale in (("one:1", 2.0), ("two:1", 3.0)):
-        host.pack(tag, scale=scale)
-    with host:
-        assert host.deploy("one:1")["outcome"] == "committed"
-        argv = [PYTHON, "-I", str(PROGRAM), host.address, str(SECONDS)]
-        with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as program:
-            assert program.stdout is not None
-            assert program.stdout.readline() == "ready\n"
-            swaps = 0
-            while program.poll() is None and swaps < 4:
-                assert host.deploy("two:1" if swaps % 2 == 0 else "one:1")["outcome"] == "committed"
-                swaps += 1
-            document: dict[str, Any] = json.loads(program.stdout.readline())
-    assert swaps >= 2
-    print(f"\n{swaps} swaps: {document['answers']}")
-    return document
+    return watch(PYTHON, PROGRAM, tmp_path_factory.mktemp("host"))
 
 
 def test_it_finds_what_it_looks_for(seen: dict[str, Any]) -> None:

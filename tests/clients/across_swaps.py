@@ -1,0 +1,35 @@
+"""Runs a client's program against a slotd that swaps between two models while the program sends."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from support.host import Host
+
+SECONDS = 12
+SWAPS = 4
+
+
+def watch(python: str, program: Path, folder: Path) -> dict[str, Any]:
+    """What it saw. `one:1` (twice its input and one) is served at first; while it sends, that and `two:1` (three
+    times) take turns, under names of their own."""
+    host = Host(folder)
+    for tag, scale in (("one:1", 2.0), ("two:1", 3.0)):
+        host.pack(tag, scale=scale)
+    with host:
+        assert host.deploy("one:1")["outcome"] == "committed"
+        argv = [python, "-I", str(program), host.address, str(SECONDS)]
+        with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as client:
+            assert client.stdout is not None
+            assert client.stdout.readline() == "ready\n"
+            swaps = 0
+            while client.poll() is None and swaps < SWAPS:
+                assert host.deploy("one:1" if swaps % 2 else "two:1")["outcome"] == "committed"
+                swaps += 1
+            seen: dict[str, Any] = json.loads(client.stdout.readline())
+    print(f"\n{program.name}: {swaps} swaps, {seen['answers']}")
+    assert swaps >= 2
+    return seen
