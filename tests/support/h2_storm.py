@@ -202,8 +202,12 @@ class Storm:
             elif kind < 0.9:
                 if stream > 0:
                     said.append(frames.reset(max(1, chance.choice((stream, stream - 2))), 8))
-            else:
+            elif kind < 0.97:
                 said.append(frames.settings(self._settings()))
+            else:
+                payload = chance.randbytes(chance.choice((0, 1, 3, 4, 5, 6, 8, 9, 200)))
+                number = chance.choice((0, max(1, stream), stream + 2, (1 << 31) - 1))
+                said.append(frames.frame(chance.randrange(12), chance.randrange(256), number, payload))
         if chance.random() < 0.2:
             self._shuffle(said)
         whole = bytearray(b"".join(said))
