@@ -153,6 +153,8 @@ class GrpcConfig(Section):
 
 class ServingConfig(Section):
     grpc: GrpcConfig = GrpcConfig()
+    keys: Restart[Path | None] = None
+    """A file with the keys of which clients over TCP must send one (slotd keys); null: they need none."""
     max_deadline: Live[Seconds] = 60.0
     """The deadline of a request that brings none, and the longest that counts."""
     max_queue: Live[Count] = 512

@@ -281,7 +281,7 @@ class Daemon:
             config, self.boot_id, arbiter, dataplane, installer, recovery, deployments, issues.list
         )
         table = build_table(host)
-        server = GrpcServer(config.serving, config.run_dir, dataplane)
+        server = GrpcServer(config.serving, config.run_dir, dataplane, issues)
         admin = AdminServer(config.run_dir / "admin.sock", table, host)
         host.listen = await server.start()
         stack.push_async_callback(server.stop)

@@ -186,7 +186,7 @@ def _note(config: Config, at: str) -> None:
 
 def _remove_keys(config: Config, folder: Path, *, link_too: bool) -> Step:
     """Files with passwords and keys, if they are in slotd's own folders; others may be of use to somebody else."""
-    wanted = [path for path in (config.images.credentials,) if path is not None]
+    wanted = [path for path in (config.images.credentials, config.serving.keys) if path is not None]
     kept = ""
     if config.link.password_file is not None:
         if link_too:

@@ -31,8 +31,11 @@ class Reply:
     outputs: dict[str, Tensor]
 
 
-def call(address: str, inputs: Mapping[str, Tensor], *, model: str = "", timeout: float = 30.0) -> Reply:
-    """One Predict. Raises the SlotdError that the server told, Unavailable if nobody is there."""
+def call(address: str, inputs: Mapping[str, Tensor], *, model: str = "", key: str = "", timeout: float = 30.0) -> Reply:
+    """One Predict; `key` where the host asks for one.
+
+    Raises the SlotdError that the server told, Unavailable if nobody is there.
+    """
     import os
 
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
@@ -56,7 +59,9 @@ def call(address: str, inputs: Mapping[str, Tensor], *, model: str = "", timeout
         )
         began, left = time.monotonic(), timeout - (time.monotonic() - began)
         try:
-            response, done = stub.with_call(request, timeout=max(0.001, left))
+            response, done = stub.with_call(
+                request, timeout=max(0.001, left), metadata=[("authorization", f"Bearer {key}")] if key else None
+            )
         except grpc.RpcError as error:
             raise _error(error) from None
         took = time.monotonic() - began

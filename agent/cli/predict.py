@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -55,6 +56,8 @@ def predict(
 
     Examples: slotd predict --image cat.jpg
               slotd predict --input x=batch.npy --address unix:/run/slotd/grpc.sock
+
+    Where the host asks for a key (serving.keys), it is taken from the environment: SLOTD_KEY.
     """
     from agent.cli.client import call, read_inputs
     from agent.errors import InvalidInput
@@ -62,7 +65,8 @@ def predict(
     sent = read_inputs(image or [], image_input, inputs or [])
     if not sent:
         raise InvalidInput("nothing to send", hint="give --image FILE or --input NAME=FILE.npy")
-    reply = call(_address(address, config), sent, model=model, timeout=timeout)
+    key = os.environ.get("SLOTD_KEY", "")
+    reply = call(_address(address, config, key), sent, model=model, key=key, timeout=timeout)
     names = _labels(labels, reply.outputs, top)
     if as_json:
         emit(_document(reply, names, top))
@@ -70,7 +74,7 @@ def predict(
         _print(reply, names, top, [path.name for path in image or []])
 
 
-def _address(address: str | None, config: Path | None) -> str:
+def _address(address: str | None, config: Path | None, key: str) -> str:
     if address is not None:
         return address
     from agent.cli.connect import nearby_config
@@ -79,7 +83,8 @@ def _address(address: str | None, config: Path | None) -> str:
     if found is None:
         return DEFAULT_ADDRESS
     grpc = found.serving.grpc
-    if grpc.listen is not None and not grpc.listen.endswith(":0"):
+    open_to_us = found.serving.keys is None or key
+    if open_to_us and grpc.listen is not None and not grpc.listen.endswith(":0"):
         return grpc.listen
     return f"unix:{grpc.socket or found.run_dir / 'grpc.sock'}"
 

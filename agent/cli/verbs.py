@@ -7,6 +7,7 @@ import agent.cli.daemon
 import agent.cli.status
 import agent.cli.reload
 import agent.cli.doctor
+import agent.cli.keys
 import agent.cli.deploy
 import agent.cli.predict
 import agent.cli.demo

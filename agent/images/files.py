@@ -29,11 +29,18 @@ def make_folder(path: Path) -> None:
     sync_folder(path.parent)
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Replace `path` at once: write beside it, fsync, rename, fsync the folder."""
+def write_file(path: Path, data: bytes, *, mode: int | None = None, owner: tuple[int, int] | None = None) -> None:
+    """Replace `path` at once: write beside it, fsync, rename, fsync the folder.
+
+    `owner`: uid and gid, -1 for our own. Without it and `mode` nothing is asked that a sandbox forbids.
+    """
     beside = path.with_name(path.name + ".new")
     descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
     with os.fdopen(descriptor, "wb") as file:
+        if owner is not None:
+            os.fchown(descriptor, *owner)
+        if mode is not None:
+            os.fchmod(descriptor, mode)
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

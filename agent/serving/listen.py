@@ -12,11 +12,13 @@ import structlog
 
 from agent.config import ServingConfig
 from agent.errors import SlotdError, Unavailable
+from agent.health.issues import Issues
 from agent.serving import endpoint, health, kserve, reflection, tfserving
 from agent.serving.dataplane import Dataplane
 from agent.serving.exchange import Exchange
 from agent.serving.h2.connection import Connection, Shared
 from agent.serving.h2.messages import Room
+from agent.serving.keys import Keys
 from agent.serving.parse import Parser
 
 log = structlog.get_logger(__name__)
@@ -35,8 +37,9 @@ CLOSING = 2.0
 class GrpcServer:
     """`start`, then at the end `lame_duck` and `stop`; each once, in this order."""
 
-    def __init__(self, config: ServingConfig, run_dir: Path, dataplane: Dataplane) -> None:
+    def __init__(self, config: ServingConfig, run_dir: Path, dataplane: Dataplane, issues: Issues) -> None:
         self._config = config
+        self._keys = Keys(config.keys, issues) if config.keys is not None else None
         self._socket_path = config.grpc.socket or run_dir / "grpc.sock"
         self._dataplane = dataplane
         self._parser = Parser(config.grpc.max_message)
@@ -107,12 +110,15 @@ class GrpcServer:
             exchange, self._dataplane, self._health.good, max_message=config.max_message
         )
         described = reflection.Reflection((*services, health.SERVICE))
+        if self._keys is not None:
+            await self._keys.load()
         self._shared = Shared(
             {**predictions.routes, **inferences.routes, **self._health.routes, **described.routes},
             room,
             max_message=config.max_message,
             max_streams=config.max_streams,
             max_calls=max(self._config.max_queue, LARGER_QUEUE) + 2 * config.max_streams,
+            guard=self._keys.check if self._keys is not None else None,
         )
         self._ticks = asyncio.create_task(self._tick(self._shared), name="connections")
         addresses = []
@@ -132,6 +138,8 @@ class GrpcServer:
         except (OSError, SlotdError) as error:  # the message that needs it will try again, and tell
             log.warning("parse_child_not_started", error=str(error))
         while True:
+            if self._keys is not None:
+                await self._keys.refresh()
             shared.tick()
             await asyncio.sleep(1.0)
 

@@ -24,6 +24,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from agent.config import GrpcConfig, ServingConfig
 from agent.errors import Conflict, DeadlineExceeded, InvalidConfig, NotFound, Overloaded, SlotdError, Unavailable
+from agent.health.issues import Issues
 from agent.model.signature import Strings, Tensor
 from agent.serving import listen
 from agent.serving.listen import GrpcServer
@@ -39,11 +40,12 @@ SERVING, NOT_SERVING = 1, 2
 class House:
     """A server with what tests need of it."""
 
-    def __init__(self, run_dir: Path, **grpc_config: Any) -> None:
+    def __init__(self, run_dir: Path, *, keys: Path | None = None, **grpc_config: Any) -> None:
         self.dataplane = FakeDataplane()
         grpc_config.setdefault("listen", "127.0.0.1:0")
-        config = ServingConfig(grpc=GrpcConfig(**grpc_config), lame_duck=0.05, grace=1.0)
-        self.server = GrpcServer(config, run_dir, self.dataplane)  # type: ignore[arg-type]
+        config = ServingConfig(grpc=GrpcConfig(**grpc_config), keys=keys, lame_duck=0.05, grace=1.0)
+        self.issues = Issues()
+        self.server = GrpcServer(config, run_dir, self.dataplane, self.issues)  # type: ignore[arg-type]
         self.addresses: list[str] = []
 
     async def __aenter__(self) -> House:
@@ -159,12 +161,13 @@ assert not any(name.partition(".")[0] == "grpc" for name in sys.modules)
 sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 import asyncio, pathlib, numpy as np, uvloop
 from agent.config import GrpcConfig, ServingConfig
+from agent.health.issues import Issues
 from agent.serving.listen import GrpcServer
 from support.fake_dataplane import FakeDataplane
 from support.tfs_client import TfsClient
 async def main():
     config = ServingConfig(grpc=GrpcConfig(listen="127.0.0.1:0"), lame_duck=0)
-    server = GrpcServer(config, pathlib.Path({str(tmp_path)!r}), FakeDataplane())
+    server = GrpcServer(config, pathlib.Path({str(tmp_path)!r}), FakeDataplane(), Issues())
     for address in await server.start():
         async with TfsClient(address) as client:
             for count in (4, 3 << 20):
@@ -673,3 +676,56 @@ async def test_what_is_asked_in_vain(house: House, path: str, request_: bytes, s
     assert told.get("slotd-error-field", "") == field
     if status == "UNIMPLEMENTED":
         assert told["slotd-error-hint"]
+
+
+# --- keys -------------------------------------------------------------------------------------------------------------
+
+
+async def test_keys_are_asked_for_over_tcp(tmp_path: Path) -> None:
+    one, two = "a" * 24, "b" * 24
+    keys = tmp_path / "keys"
+    keys.touch(0o640)
+    keys.write_text(f"{one}\n")
+    async with House(tmp_path, keys=keys) as house:
+        tcp, unix = house.addresses
+        async with TfsClient(tcp) as client, TfsClient(unix) as local:
+
+            async def code(authorization: str | None) -> str:
+                metadata = [("authorization", authorization)] if authorization is not None else []
+                try:
+                    await client.predict({"x": X}, metadata=metadata)
+                except grpc.aio.AioRpcError as error:
+                    told = error
+                else:
+                    return "OK"
+                assert one not in str(told.details()) and trailing(told)["slotd-error-field"] == "authorization"
+                return str(told.code().name)
+
+            assert await code(f"Bearer {one}") == "OK"
+            assert await code(one) == "OK", "as clients of the older service send it"
+            assert [await code(wrong) for wrong in (None, "", two, f"Bearer {two}")] == ["UNAUTHENTICATED"] * 4
+            await local.predict({"x": X})
+            # What has no key is refused before its message has come.
+            before = len(house.dataplane.requests)
+            error = await refused(client.send(bytes(30 << 20)))
+            assert error.code() is grpc.StatusCode.UNAUTHENTICATED
+            assert len(house.dataplane.requests) == before
+            async with grpc.aio.insecure_channel(tcp) as channel:
+                health = health_pb2_grpc.HealthStub(channel)
+                assert (await health.Check(health_pb2.HealthCheckRequest())).status == SERVING
+                described = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(
+                    iter([reflection_pb2.ServerReflectionRequest(list_services="")])
+                )
+                assert (await refused(described.read())).code() is grpc.StatusCode.UNAUTHENTICATED
+            # Another key, while it runs.
+            keys.write_text(f"{two}\n{one}\n")
+            async with asyncio.timeout(10):
+                while await code(two) != "OK":
+                    await asyncio.sleep(0.05)
+            assert await code(one) == "OK"
+            keys.write_text(f"{two}\n")
+            async with asyncio.timeout(10):
+                while await code(one) == "OK":
+                    await asyncio.sleep(0.05)
+            assert await code(two) == "OK"
+    assert not house.issues.list()

@@ -13,6 +13,7 @@ import pytest
 
 from agent.config import GrpcConfig, ServingConfig
 from agent.errors import Overloaded
+from agent.health.issues import Issues
 from agent.model.signature import DType, Strings, Tensor, dtype_of
 from agent.serving.binding import ModelFields
 from agent.serving.listen import GrpcServer
@@ -65,7 +66,7 @@ async def house(tmp_path: Path) -> AsyncIterator[House]:
     dataplane = FakeDataplane()
     dataplane.behave = lambda request: dict(request.inputs)
     config = ServingConfig(grpc=GrpcConfig(listen="127.0.0.1:0"), lame_duck=0.01, grace=1.0)
-    server = GrpcServer(config, tmp_path, dataplane)  # type: ignore[arg-type]
+    server = GrpcServer(config, tmp_path, dataplane, Issues())  # type: ignore[arg-type]
     client = Client((await server.start())[0])
     try:
         yield House(server, dataplane, client)

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from agent.cli.verbs import app
 from agent.config import GrpcConfig, ServingConfig
 from agent.errors import Overloaded, SlotError
+from agent.health.issues import Issues
 from agent.model.signature import Strings
 from agent.serving.dataplane import Request
 from agent.serving.listen import GrpcServer
@@ -28,7 +29,7 @@ class Server:
     def __init__(self, loop: Loop, run_dir: Path) -> None:
         self.dataplane = FakeDataplane()
         config = ServingConfig(grpc=GrpcConfig(listen="127.0.0.1:0"), lame_duck=0.0, grace=0.5)
-        self._server = GrpcServer(config, run_dir, self.dataplane)  # type: ignore[arg-type]
+        self._server = GrpcServer(config, run_dir, self.dataplane, Issues())  # type: ignore[arg-type]
         self._loop = loop
         self.tcp, self.unix = loop.run(self._server.start)
 

@@ -89,6 +89,8 @@ class Shared:
     max_message: int
     max_streams: int
     max_calls: int
+    guard: Callable[[str, Metadata], None] | None = None
+    """Asked about each call over TCP, by its path and metadata, before its message is received. Raises SlotdError."""
     connections: set[Connection] = field(default_factory=set)
     calls: int = 0
 
@@ -113,6 +115,8 @@ class Connection(asyncio.BufferedProtocol):
         self._in = False
         self._transport: asyncio.Transport | None = None
         self.peer = "?"
+        self._local = False
+        """Over a Unix socket, whose permissions say who may."""
         # What was received and not yet looked at: _memory[_at:_end].
         self._memory = bytearray(BUFFER)
         self._view = memoryview(self._memory)
@@ -159,6 +163,7 @@ class Connection(asyncio.BufferedProtocol):
             return
         self._transport.set_write_buffer_limits(high=_UNSENT)
         self.peer = _peer(self._transport)
+        self._local = self.peer.startswith("unix:")
         self._shared.connections.add(self)
         window = min(frames.MAX_WINDOW, self._shared.max_message + BUFFER)
         hello = frames.settings(
@@ -522,6 +527,8 @@ class Connection(asyncio.BufferedProtocol):
         try:
             if headers.size > MAX_METADATA:
                 raise Overloaded(f"metadata of {headers.size} bytes; at most {MAX_METADATA} are taken")
+            if shared.guard is not None and not self._local:
+                shared.guard(headers.path, headers.metadata)
             method = shared.routes.get(headers.path)
             if method is None:
                 raise Unimplemented(f"there is no method {headers.path[:200]!r}", hint="ask gRPC reflection")
