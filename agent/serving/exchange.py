@@ -49,15 +49,19 @@ class Exchange:
 
     async def answer(self, data: bytes | memoryview, call: Call, wire: Wire) -> Reply:
         """The reply to a request. Raises SlotdError."""
-        parsed = await self._parser.parse(data, wire.form)
-        wire.check(parsed)
-        # One value may stand for a whole tensor: what counts is what it has become.
-        grown = max(0, sum(tensor.nbytes for tensor in parsed.inputs.values()) - len(data))
-        self._room.take(grown)
+        # What a stream's handler has received, the wire counts no more.
+        held = len(data) if call.method.streaming is not None else 0
+        self._room.take(held)
         try:
+            parsed = await self._parser.parse(data, wire.form)
+            wire.check(parsed)
+            # One value may stand for a whole tensor: what counts is what it has become.
+            grown = max(0, sum(tensor.nbytes for tensor in parsed.inputs.values()) - len(data))
+            self._room.take(grown)
+            held += grown
             answer = await self._dataplane.predict(_request(parsed, len(data), call, wire))
         finally:
-            self._room.give(grown)
+            self._room.give(held)
         told = (
             ("slotd-served-by", answer.served_by),
             ("slotd-model-digest", answer.digest),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from agent.errors import Overloaded
 from agent.health.issues import Issues
 from agent.model.signature import DType, Strings, Tensor, dtype_of
 from agent.serving.binding import ModelFields
-from agent.serving.listen import GrpcServer
+from agent.serving.listen import HELD_MESSAGES, GrpcServer
 from agent.serving.protos import message
 from support.fake_dataplane import FakeDataplane
 from support.infer_client import infer_request, outputs_of
@@ -57,22 +58,29 @@ class Client:
 
 
 class House:
-    def __init__(self, server: GrpcServer, dataplane: FakeDataplane, client: Client) -> None:
-        self.server, self.dataplane, self.client = server, dataplane, client
+    def __init__(self, server: GrpcServer, dataplane: FakeDataplane, address: str) -> None:
+        self.server, self.dataplane, self.address = server, dataplane, address
+        self.client = Client(address)
+
+
+@asynccontextmanager
+async def opened(run_dir: Path, **grpc_config: Any) -> AsyncIterator[House]:
+    dataplane = FakeDataplane()
+    dataplane.behave = lambda request: dict(request.inputs)
+    config = ServingConfig(grpc=GrpcConfig(listen="127.0.0.1:0", **grpc_config), lame_duck=0.01, grace=1.0)
+    server = GrpcServer(config, run_dir, dataplane, Issues())  # type: ignore[arg-type]
+    house = House(server, dataplane, (await server.start())[0])
+    try:
+        yield house
+    finally:
+        await house.client.close()
+        await server.stop(1.0)
 
 
 @pytest.fixture
 async def house(tmp_path: Path) -> AsyncIterator[House]:
-    dataplane = FakeDataplane()
-    dataplane.behave = lambda request: dict(request.inputs)
-    config = ServingConfig(grpc=GrpcConfig(listen="127.0.0.1:0"), lame_duck=0.01, grace=1.0)
-    server = GrpcServer(config, tmp_path, dataplane, Issues())  # type: ignore[arg-type]
-    client = Client((await server.start())[0])
-    try:
-        yield House(server, dataplane, client)
-    finally:
-        await client.close()
-        await server.stop(1.0)
+    async with opened(tmp_path) as house:
+        yield house
 
 
 async def refused(call: Any) -> grpc.aio.AioRpcError:
@@ -282,6 +290,28 @@ async def test_shared_memory_in_a_stream_is_refused_alone(house: House) -> None:
     answers = [one async for one in house.client.stream(iter([shared, infer_request({"x": X})]))]
     assert answers[0].error_message.startswith("[UNIMPLEMENTED] x: shared memory")
     assert answers[1].infer_response.model_name == "toy"
+
+
+async def test_requests_of_streams_count_while_they_are_in_hand(tmp_path: Path) -> None:
+    """HELD_MESSAGES of the largest size fit; the next one is told to come again, and its stream goes on."""
+    async with opened(tmp_path, max_message=1 << 20) as house:
+        house.dataplane.hold = asyncio.Event()
+        large = infer_request({"x": np.zeros((1, (1 << 18) - 100), np.float32)})
+        streams = [house.client.stream(iter([large])) for _ in range(HELD_MESSAGES)]
+        reads = [asyncio.create_task(stream.read()) for stream in streams]
+        async with asyncio.timeout(20):
+            while len(house.dataplane.requests) < HELD_MESSAGES:
+                await asyncio.sleep(0.01)
+        one_more = house.client.stream(iter([infer_request({"x": np.zeros((1, 1 << 15), np.float32)})]))
+        try:
+            async with asyncio.timeout(10):
+                told = (await one_more.read()).error_message
+        except grpc.aio.AioRpcError as error:  # by the wire, which counts it while it comes
+            told = f"[{error.code().name}]"
+        house.dataplane.hold.set()
+        await asyncio.gather(*reads)
+        assert told.startswith("[RESOURCE_EXHAUSTED]")
+        assert outputs_of(await house.client.call("ModelInfer", large))["x"].size == (1 << 18) - 100
 
 
 async def test_a_packed_message_in_a_stream(house: House) -> None:
