@@ -9,7 +9,6 @@ import asyncio
 import gc
 import os
 import signal
-import sys
 import time
 import uuid
 from collections.abc import Callable, Coroutine
@@ -34,7 +33,7 @@ from agent.journal.database import Journal
 from agent.journal.lock import take_lock
 from agent.journal.outbox import Outbox
 from agent.logs import configure as configure_logs
-from agent.memory import keep_code
+from agent.memory import keep_code, take_turns
 from agent.reload.source import Loaded
 from agent.service import Watchdog, keep_waiting, notify_ready, notify_status, notify_stopping
 from agent.serving.dataplane import Dataplane
@@ -58,8 +57,6 @@ log = structlog.get_logger(__name__)
 
 START_BOUND = 600.0
 """Seconds for which systemd is asked to wait for READY, as long as the loop runs."""
-SWITCH = 0.0005
-"""Seconds for which a thread that runs Python keeps the loop waiting; with Python's own 5 ms, longer than an answer."""
 STOP_BOUND = 30.0
 """Seconds after which a stop that has not ended is ended all the same."""
 HEALTH_EVERY = 5.0
@@ -392,7 +389,7 @@ class Daemon:
 def run(loaded: Loaded) -> int:
     """One daemon in a loop of its own, until it is told to stop; the exit code. Raises what `Daemon.run` does."""
     withhold_memory()  # its keys and its clients' data are not for its children
-    sys.setswitchinterval(SWITCH)
+    take_turns()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(Daemon(loaded).run())
 

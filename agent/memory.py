@@ -1,9 +1,10 @@
-"""The allocator's settings for a process that moves large messages; called before anything large is imported."""
+"""Settings of a process that moves large messages and must not stand still; made before anything large is imported."""
 
 from __future__ import annotations
 
 import ctypes
 import re
+import sys
 from pathlib import Path
 
 # malloc.h of glibc: M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX
@@ -11,6 +12,14 @@ _SETTINGS = ((-8, 1), (-3, 64 << 20), (-1, 512 << 20), (-2, 16 << 20))
 
 _MLOCK_ONFAULT = 1  # mman.h
 _MAPPED_CODE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) r-.p \S+ \S+ [1-9]\d* +/")
+
+_TURN = 0.0005
+"""Seconds. With Python's own 5 ms the loop would wait longer than an answer takes."""
+
+
+def take_turns() -> None:
+    """A thread that runs Python keeps the others waiting for half a millisecond at most."""
+    sys.setswitchinterval(_TURN)
 
 
 def tune_malloc() -> bool:

@@ -33,10 +33,11 @@ def run(config: ConfigOption = None, embedded: EmbeddedOption = False) -> None:
     import faulthandler
     import sys
 
-    from agent.memory import tune_malloc
+    from agent.memory import take_turns, tune_malloc
 
     faulthandler.enable(2)  # a watchdog that was missed (SIGABRT) tells where the loop stood
     tune_malloc()  # before anything large is imported
+    take_turns()
     # structlog would import rich, a twentieth of the start, for tracebacks in colour that the daemon never writes.
     sys.modules["rich"] = None  # type: ignore[assignment]
     import structlog  # noqa: F401

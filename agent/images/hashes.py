@@ -16,7 +16,7 @@ from agent.images.blobs import DAMAGED, open_regular
 
 NAME = ".hashes.json"
 MAX_BYTES = 64 << 20
-PIECE = 32 << 20
+PIECE = 2 << 20
 """Bytes of a file that are read and hashed at once."""
 
 
@@ -85,9 +85,10 @@ def verify_hashes(folder: Path) -> HashList:
 
 
 def _sha256(file: BufferedReader, size: int) -> str:
-    """In large pieces: after each, a thread waits for Python's lock, which is held by what the agent does meanwhile."""
+    """In pieces: after each, a thread waits for Python's lock, which is held by what the agent does meanwhile."""
     digest = hashlib.sha256()
-    # Mapped and not a bytearray, which would be zeroed while everybody else waits for that lock.
+    # Mapped and not a bytearray, which would be zeroed while everybody else waits for that lock; small enough to be
+    # given back (7 ms for 32 MiB) without anybody noticing.
     with mmap.mmap(-1, max(1, min(size, PIECE))) as buffer, memoryview(buffer) as view:
         while read := file.readinto(view):
             with view[:read] as piece:
