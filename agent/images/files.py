@@ -35,7 +35,11 @@ def write_file(path: Path, data: bytes, *, mode: int | None = None, owner: tuple
     `owner`: uid and gid, -1 for our own. Without it and `mode` nothing is asked that a sandbox forbids.
     """
     beside = path.with_name(path.name + ".new")
-    descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+    if mode is not None:  # nobody may have opened it before it is closed to them
+        beside.unlink(missing_ok=True)
+        flags |= os.O_EXCL
+    descriptor = os.open(beside, flags, 0o644 if mode is None else 0o600)
     with os.fdopen(descriptor, "wb") as file:
         if owner is not None:
             os.fchown(descriptor, *owner)

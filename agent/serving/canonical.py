@@ -23,6 +23,7 @@ MAX_ITEMS = 64
 MAX_COPIED = 1 << 20
 """Bytes of strings, which are copied."""
 MAX_FILTER = 32
+_LENGTH_BYTES = 5
 
 _DTYPES = {number: dtype for number, dtype, _ in FIELDS if dtype is not DType.BOOL}  # a bool's bytes must be looked at
 _PACKED = {DType.FLOAT32: 0x2A, DType.FLOAT64: 0x32}
@@ -168,7 +169,8 @@ def name_at(data: bytes | memoryview, at: int, end: int) -> str:
 
 def span(data: bytes | memoryview, at: int, end: int) -> tuple[int, int]:
     """Where the content begins whose length stands at `at`, and where it ends: inside its parent."""
+    start = at
     size, at = read_varint(data, at)
-    if size > end - at:
-        raise ValueError("a length beyond its parent")
+    if size > end - at or at - start > _LENGTH_BYTES:
+        raise ValueError("a length beyond its parent, or longer than protobuf takes")
     return at, at + size

@@ -9,7 +9,7 @@ from grpc_health.v1 import health_pb2
 
 from agent.errors import InvalidInput, NotFound
 from agent.serving.dataplane import Dataplane
-from agent.serving.h2.call import Call, Method, Reply
+from agent.serving.h2.call import QUESTION, Call, Method, Reply
 from agent.serving.tensorproto import short
 
 SERVICE = "grpc.health.v1.Health"
@@ -34,9 +34,9 @@ class Health:
         self._closed = False
         self._changed = asyncio.Event()
         self.routes = {
-            f"/{SERVICE}/Check": Method(unary=self._check),
-            f"/{SERVICE}/List": Method(unary=self._list),
-            f"/{SERVICE}/Watch": Method(streaming=self._watch),
+            f"/{SERVICE}/Check": Method(unary=self._check, most=QUESTION),
+            f"/{SERVICE}/List": Method(unary=self._list, most=QUESTION),
+            f"/{SERVICE}/Watch": Method(streaming=self._watch, most=QUESTION),
         }
         dataplane.on_change(self._tell)
 

@@ -24,6 +24,7 @@ from agent.serving.canonical import MAX_COPIED, MAX_FILTER, MAX_ITEMS, name_at, 
 from agent.serving.encode import Parts, delimited, put_together, varint
 from agent.serving.protos import ModelInferRequest
 from agent.serving.tensorproto import (
+    MAX_ELEMENTS,
     MAX_NAME,
     MAX_OUTPUTS,
     MAX_RANK,
@@ -194,6 +195,8 @@ def _tensor(proto: Any, raw: bytes | None, *, most: int, strings: int) -> Tensor
     if dtype is DType.STRING:
         if count > strings:
             raise InvalidInput(f"has {count} elements; a request may have {MAX_STRINGS} strings", field=where)
+        if math.prod(max(1, size) for size in shape) >= MAX_ELEMENTS:
+            raise InvalidInput(f"has shape {list(shape)}, more elements than there can be", field=where)
         items = list(proto.contents.bytes_contents) if raw is None else _raw_strings(raw, count, where)
         _counted(proto, filled, field, len(items), count)
         tensor = Strings(shape, items)
@@ -327,6 +330,8 @@ def _only_name(data: bytes | memoryview, at: int, end: int) -> str:
 def _raw(data: bytes | memoryview, start: int, stop: int, dtype: DType, shape: tuple[int, ...]) -> Tensor:
     count = math.prod(shape)
     if dtype is DType.STRING:
+        if math.prod(max(1, size) for size in shape) >= MAX_ELEMENTS:
+            raise ValueError("a shape that none can have")
         if count > MAX_ITEMS or stop - start > MAX_COPIED:
             raise ValueError("too many to be copied here")
         try:

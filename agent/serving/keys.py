@@ -23,6 +23,8 @@ from agent.serving.h2.call import Metadata
 log = structlog.get_logger(__name__)
 
 MOST = 2
+EVERY = 1.0
+"""Seconds between two looks at the file."""
 _KEY = re.compile(r"[A-Za-z0-9._~+/=-]{24,256}")
 _SIZE = 4096
 _OPEN = ("/grpc.health.v1.Health/",)
@@ -33,13 +35,17 @@ _Mark = tuple[int, int, int, int]
 def read_keys(path: Path) -> tuple[str, ...]:
     """The keys in a file. Raises InvalidConfig, which never shows one; blocks."""
     try:
-        with path.open("rb") as file:
-            mode = os.fstat(file.fileno()).st_mode
+        # A pipe would keep us waiting for who writes to it.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(descriptor, "rb") as file:
+            mode = os.fstat(descriptor).st_mode
+            if not stat.S_ISREG(mode):
+                raise _fault(path, "is no file", "name a file with a key on each line")
             text = file.read(_SIZE + 1).decode("ascii")
     except OSError as error:
         raise _fault(path, f"cannot be read: {error.strerror}", f"slotd keys --rotate --file {path}") from None
     except UnicodeDecodeError:
-        raise _fault(path, "is no text", f"slotd keys --rotate --file {path}") from None
+        raise _fault(path, "is no text", f"a key on each line, at most {MOST}") from None
     if stat.S_IMODE(mode) & 0o007:
         raise _fault(path, "is open to everybody", f"chmod o= {path}")
     if len(text) > _SIZE:
@@ -84,6 +90,16 @@ class Keys:
             log.info("keys_read", path=str(self._path), fingerprints=[fingerprint(key) for key in found])
         self._good = good
         self._issues.clear("serving-keys")
+
+    async def follow(self) -> None:
+        """Reads it again whenever it has changed, until it is cancelled."""
+        while True:
+            await asyncio.sleep(EVERY)
+            try:
+                await self.refresh()
+            except Exception as fault:  # our own mistake: the keys stay as they are, and it is told
+                log.exception("keys_not_read")
+                self._issues.fault("serving-keys-fault", fault)
 
     async def refresh(self) -> None:
         """Reads it again if it is another one."""

@@ -18,12 +18,12 @@ from agent.executor.seat import Seat
 from agent.model.signature import Strings, Tensor, TensorSpec
 from agent.serving.binding import ModelFields
 from agent.serving.dataplane import Answer, Dataplane
-from agent.serving.encode import varint
+from agent.serving.encode import Parts, put_together, varint
 from agent.serving.exchange import Exchange, Wire, served
 from agent.serving.forms import INFER
-from agent.serving.h2.call import Call, Method, Reply
-from agent.serving.h2.messages import unpack
+from agent.serving.h2.call import QUESTION, Call, Method, Reply
 from agent.serving.infer import DATATYPES, encode_infer, version_of
+from agent.serving.parse import LARGE
 from agent.serving.protos import message
 from agent.serving.tensorproto import Parsed
 
@@ -42,7 +42,7 @@ class InferenceService:
         self._ready = ready
         self._max_message = max_message
         self.routes = {
-            f"/{SERVICE}/{name}": Method(unary=_unary(name, handler))
+            f"/{SERVICE}/{name}": Method(unary=_unary(name, handler), most=QUESTION)
             for name, handler in (
                 ("ServerLive", self._server_live),
                 ("ServerReady", self._server_ready),
@@ -62,18 +62,22 @@ class InferenceService:
     async def _stream(self, call: Call) -> None:
         """One request after the other, each answered in turn; one that is refused does not end the stream."""
         while (received := await call.receive()) is not None:
+            await asyncio.sleep(0)  # all that is said in between may be there already: others have their turn
             data = received.data
             try:
                 if received.compressed:
-                    data = await asyncio.to_thread(unpack, data, call.encoding, self._max_message)
+                    data = await call.unpacked(received)
                 reply = await self._exchange.answer(data, call, WIRE)
             except SlotdError as error:
                 if (left := call.time_remaining()) is not None and left <= 0:
                     raise  # the stream's time is over
                 await call.send(_StreamResponse(error_message=f"[{error.grpc}] {error}").SerializeToString())
             else:
-                head = b"\x12" + varint(len(reply))
-                await call.send(b"".join((head, reply)))
+                parts: Parts = [b"\x12" + varint(len(reply)), reply]
+                if len(reply) <= LARGE:
+                    await call.send(put_together(parts, 2 * self._max_message))
+                else:
+                    await call.send(await asyncio.to_thread(put_together, parts, 2 * self._max_message))
 
     # --- questions ----------------------------------------------------------------------------------------------------
 

@@ -45,7 +45,7 @@ class GrpcServer:
         self._parser = Parser(config.grpc.max_message)
         self._shared: Shared | None = None
         self._servers: list[asyncio.Server] = []
-        self._ticks: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         self._health: health.Health | None = None
         self._socket: endpoint.UnixSocket | None = None
         self._mark: tuple[int, int] | None = None
@@ -80,9 +80,10 @@ class GrpcServer:
             server.close()
         if self._shared is not None:
             await self._close(self._shared, self._config.grace if grace is None else grace)
-        if self._ticks is not None:
-            self._ticks.cancel()
-            await asyncio.wait((self._ticks,))
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
         if self._socket is not None:
             await asyncio.to_thread(self._socket.withdraw, self._mark)
         await self._parser.close()
@@ -120,7 +121,9 @@ class GrpcServer:
             max_calls=max(self._config.max_queue, LARGER_QUEUE) + 2 * config.max_streams,
             guard=self._keys.check if self._keys is not None else None,
         )
-        self._ticks = asyncio.create_task(self._tick(self._shared), name="connections")
+        self._tasks.append(asyncio.create_task(self._tick(self._shared), name="connections"))
+        if self._keys is not None:
+            self._tasks.append(asyncio.create_task(self._keys.follow(), name="keys"))
         addresses = []
         if tcp is not None:
             addresses.append(await self._bind_tcp(*tcp))
@@ -138,8 +141,6 @@ class GrpcServer:
         except (OSError, SlotdError) as error:  # the message that needs it will try again, and tell
             log.warning("parse_child_not_started", error=str(error))
         while True:
-            if self._keys is not None:
-                await self._keys.refresh()
             shared.tick()
             await asyncio.sleep(1.0)
 

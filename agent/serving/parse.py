@@ -23,6 +23,7 @@ from agent.executor.spawn import step_back
 from agent.model.protowire import read_varint
 from agent.serving import handover
 from agent.serving.forms import Form, Part
+from agent.serving.h2.messages import in_turn
 from agent.serving.tensorproto import Parsed, TooLarge
 
 log = structlog.get_logger(__name__)
@@ -48,6 +49,7 @@ class Parser:
         self._closed = False
         # One thread: it owns the child, and messages take turns in it.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="parse")
+        self._turn = asyncio.Lock()
 
     async def start(self) -> None:
         """Start the child, so that the first large message need not wait for it."""
@@ -66,7 +68,7 @@ class Parser:
                     raise
         if self._closed:
             raise Unavailable("slotd is stopping")
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._child.parse, data, form.number)
+        return await in_turn(self._turn, self._thread, self._child.parse, data, form.number)
 
     async def close(self) -> None:
         """End the child; a message in it is given up."""

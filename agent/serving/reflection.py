@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
 from agent.errors import InvalidInput, Unimplemented
-from agent.serving.h2.call import Call, Method
+from agent.serving.h2.call import QUESTION, Call, Method
 from agent.serving.protos import POOL
 
 SERVICE = "grpc.reflection.v1alpha.ServerReflection"
@@ -28,12 +28,15 @@ class Reflection:
     def __init__(self, services: tuple[str, ...]) -> None:
         self._services = (*services, SERVICE)
         self._servicer: Any = None
-        self.routes = {f"/{name}/ServerReflectionInfo": Method(streaming=self._info) for name in (SERVICE, _LATER)}
+        self.routes = {
+            f"/{name}/ServerReflectionInfo": Method(streaming=self._info, most=QUESTION) for name in (SERVICE, _LATER)
+        }
 
     async def _info(self, call: Call) -> None:
         if self._servicer is None:
             self._servicer = await asyncio.to_thread(_servicer, self._services)
         while (message := await call.receive()) is not None:
+            await asyncio.sleep(0)  # all questions may be there already: others have their turn
             if message.compressed:
                 raise Unimplemented("packed messages are not taken here")
             try:

@@ -22,6 +22,8 @@ MAX_TENSORS = 32
 MAX_OUTPUTS = 256
 MAX_RANK = 32
 MAX_NAME = 1024
+MAX_ELEMENTS = 1 << 40
+"""Of a shape, zeros taken for ones: numpy knows no larger ones, whatever they hold."""
 MAX_STRINGS = 16_384
 """Elements of all string tensors of one request."""
 
@@ -163,6 +165,8 @@ def _strings(shape: tuple[int, ...], proto: Any, values: Any, *, most: int, stri
         raise InvalidInput(
             f"has {max(count, len(values))} elements; a request may have {MAX_STRINGS} strings", field=where
         )
+    if math.prod(max(1, size) for size in shape) >= MAX_ELEMENTS:
+        raise InvalidInput(f"has shape {list(shape)}, more elements than there can be", field=where)
     if len(values) not in (count, 1):
         raise InvalidInput(_miscount(proto, "string_val", len(values), DType.STRING, shape, count), field=where)
     if len(values) == count:

@@ -17,7 +17,7 @@ from agent.serving.dataplane import Answer, Dataplane
 from agent.serving.encode import SIGNATURE_NAME, encode_response
 from agent.serving.exchange import Exchange, Wire, served
 from agent.serving.forms import PREDICT
-from agent.serving.h2.call import Call, Method, Reply
+from agent.serving.h2.call import QUESTION, Call, Method, Reply
 from agent.serving.protos import message
 from agent.serving.tensorproto import FIELDS, Parsed, short
 
@@ -38,10 +38,10 @@ class PredictionService:
         self._dataplane = dataplane
         self.routes = {
             f"/{SERVICE}/Predict": Method(unary=self._predict),
-            f"/{SERVICE}/GetModelMetadata": Method(unary=self._metadata),
-            f"/{MODEL_SERVICE}/GetModelStatus": Method(unary=self._status),
-            f"/{MODEL_SERVICE}/HandleReloadConfigRequest": Method(unary=_no_reload),
-        } | {f"/{SERVICE}/{name}": Method(unary=_no_head) for name in _NO_HEAD}
+            f"/{SERVICE}/GetModelMetadata": Method(unary=self._metadata, most=QUESTION),
+            f"/{MODEL_SERVICE}/GetModelStatus": Method(unary=self._status, most=QUESTION),
+            f"/{MODEL_SERVICE}/HandleReloadConfigRequest": Method(unary=_no_reload, most=QUESTION),
+        } | {f"/{SERVICE}/{name}": Method(unary=_no_head, most=QUESTION) for name in _NO_HEAD}
 
     async def _predict(self, data: bytes | memoryview, call: Call) -> Reply:
         return await self._exchange.answer(data, call, WIRE)

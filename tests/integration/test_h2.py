@@ -7,6 +7,7 @@ import gzip
 import os
 import random
 import struct
+import time
 import zlib
 from collections.abc import AsyncIterator
 from typing import Any
@@ -15,7 +16,7 @@ import grpc
 import hpack
 import pytest
 
-from agent.errors import NotFound, Unavailable
+from agent.errors import NotFound, Unauthenticated, Unavailable
 from agent.serving.h2 import connection as module
 from agent.serving.h2 import frames
 from agent.serving.h2.call import Call, Method, Reply
@@ -480,9 +481,12 @@ async def test_a_peer_that_asks_and_never_reads(server: Server) -> None:
     writer.transport.pause_reading()
     peer = Peer(reader, writer)
     peer.send(frames.PREFACE, frames.settings({}))
-    number = 1
+    number, ticked = 1, time.monotonic()
     async with asyncio.timeout(60):
         while server.count:
+            if time.monotonic() >= ticked + 1:
+                server.shared.tick()
+                ticked = time.monotonic()
             block = b"".join(
                 peer.headers(number + 2 * turn, f"/test/{'x' * 200}{number}", end=True) for turn in range(200)
             )
@@ -493,6 +497,61 @@ async def test_a_peer_that_asks_and_never_reads(server: Server) -> None:
             await asyncio.sleep(0)
             if writer.transport.is_closing():
                 break
+    await still_good(server)
+
+
+async def test_many_calls_in_one_piece_are_all_answered(server: Server) -> None:
+    """More header blocks than are read at once: the rest is read without another byte."""
+    server.shared.max_streams = server.shared.max_calls = 1000
+    async with await Peer.connect(server.port) as peer:
+        numbers = range(1, 601, 2)
+        peer.send(b"".join(peer.headers(number) + data(number, b"%d" % number) for number in numbers))
+        answers: dict[int, bytes] = {}
+        while len(answers) < len(numbers):
+            frame = await peer.frame()
+            if frame.kind == frames.DATA:
+                answers[frame.stream] = messages(frame.payload)[0]
+        assert answers == {number: b"%d" % number for number in numbers}
+
+
+async def test_calls_that_are_refused_at_once_are_bounded(server: Server) -> None:
+    """Each costs us more than its sender."""
+
+    def nobody(path: str, metadata: Any) -> None:
+        raise Unauthenticated("no key", field="authorization")
+
+    server.shared.guard = nobody
+    async with await Peer.connect(server.port) as peer:
+        peer.send(b"".join(peer.headers(number, end=True) for number in range(1, 10_001, 2)))
+        assert await peer.ended() == frames.ENHANCE_YOUR_CALM
+    server.shared.guard = None
+    await still_good(server)
+
+
+async def test_a_method_may_take_less_than_the_server(server: Server, peer: Peer) -> None:
+    server.shared.routes = {**server.shared.routes, "/test/Echo": Method(unary=server.echo, most=100)}
+    peer.send(peer.headers(1), data(1, bytes(101)), peer.headers(3), data(3, bytes(100)))
+    assert (await peer.outcome(1))["grpc-status"] == "8"
+    assert (await peer.outcome(3))["grpc-status"] == "0"
+
+
+async def test_what_is_packed_counts_as_what_it_becomes(server: Server) -> None:
+    """While their handlers run, seven of them leave no room for an eighth, though their bytes are few."""
+    async with await Peer.connect(server.port, settings={frames.INITIAL_WINDOW_SIZE: 2 * MOST}) as peer:
+        peer.send(frames.window_update(0, 16 * MOST))
+        packed = gzip.compress(bytes(MOST))
+        for number in range(1, 17, 2):
+            headers = peer.headers(number, "/test/Slow", ("grpc-encoding", "gzip"))
+            peer.send(headers, data(number, packed, flag=1))
+        assert (await peer.outcome(15))["grpc-status"] == "8"
+        await until(lambda: server.begun == 7)
+        assert server.shared.room.free < MOST
+        server.gate.set()
+        answered = 0
+        while answered < 7 * MOST:
+            frame = await peer.frame()
+            if frame.kind == frames.DATA:
+                answered += len(frame.payload)
     await still_good(server)
 
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import random
+import socket
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import hpack
@@ -68,8 +70,8 @@ class Transport:
     def set_write_buffer_limits(self, high: int) -> None:
         assert high > 0
 
-    def get_extra_info(self, _: str, default: object = None) -> object:
-        return default
+    def get_extra_info(self, name: str, default: object = None) -> object:
+        return SimpleNamespace(family=socket.AF_INET) if name == "socket" else default
 
     def get_write_buffer_size(self) -> int:
         return 0

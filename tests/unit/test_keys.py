@@ -150,3 +150,9 @@ def test_the_command_says_what_is_missing(tmp_path: Path) -> None:
     config.write_text(f"device: d\nembedded: true\nserving: {{keys: {tmp_path / 'keys'}}}\n")
     run("--config", config, "--rotate")
     assert len(read_keys(tmp_path / "keys")) == 1
+
+
+def test_a_pipe_does_not_keep_anybody_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "keys", 0o640)
+    with pytest.raises(InvalidConfig, match="is no file"):
+        read_keys(tmp_path / "keys")

@@ -50,7 +50,12 @@ class Method:
 
     unary: Unary | None = None
     streaming: Streaming | None = None
+    most: int = 1 << 32
+    """Bytes of a message, if that is less than what the server takes."""
 
+
+QUESTION = 16 << 10
+"""Bytes of a message that carries no tensors: the generated classes read as much in well under a millisecond."""
 
 Routes = Mapping[str, Method]
 
@@ -71,6 +76,7 @@ class Call:
         "number",
         "open",
         "out",
+        "path",
         "peer",
         "reason",
         "receivable",
@@ -79,6 +85,7 @@ class Call:
         "task",
         "trailers",
         "trailing",
+        "unpacked",
         "waiter",
         "window",
     )
@@ -88,6 +95,7 @@ class Call:
         self.metadata: Metadata = headers.metadata
         self.encoding = headers.encoding
         self.peer = peer
+        self.path = headers.path
         self.deadline: float | None = None
         """Of the monotonic clock."""
         self.trailing: Metadata = ()
@@ -110,6 +118,8 @@ class Call:
         self.moved = time.monotonic()
         """When something of it was last received or sent."""
         self.send: Callable[[Reply], Awaitable[None]] = _not_streaming
+        self.unpacked: Callable[[Message], Awaitable[bytes]] = _not_packed
+        """For a streaming handler: the bytes of a packed message."""
         self.taken: Callable[[int], None] = _nothing
         """Told of each message that the handler takes, and its size: the client may send as much again."""
 
@@ -141,6 +151,10 @@ class Call:
 
 async def _not_streaming(_: Reply) -> None:
     raise AssertionError("a unary handler returns its answer")
+
+
+async def _not_packed(_: Message) -> bytes:
+    raise AssertionError("only streams unpack for themselves")
 
 
 def _nothing(_: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import socket
 import struct
 import time
 from collections.abc import Callable
@@ -35,7 +36,7 @@ from agent.serving.h2.call import (
 )
 from agent.serving.h2.frames import ConnectionFault
 from agent.serving.h2.headers import MAX_BLOCK, HeaderReader, Headers, write
-from agent.serving.h2.messages import PREFIX, Assembler, Room, unpack
+from agent.serving.h2.messages import PREFIX, Assembler, Message, Room, in_turn, unpack
 
 log = structlog.get_logger(__name__)
 
@@ -50,6 +51,8 @@ _STEP = 128 << 10
 _TURN = 1 << 20
 """Bytes after which everybody else has a turn. libuv alone would read 32 times, and where memory is short each page has
 to be found first."""
+_BLOCKS = 50
+"""Header blocks after which they have one, too: a call that is refused takes 40 microseconds."""
 CONNECTION_WINDOW = 1 << 30
 """Bytes that a peer may send before we say that it may send more: what bounds a request is its own stream's window."""
 _REFILL = 1 << 28
@@ -93,6 +96,22 @@ class Shared:
     """Asked about each call over TCP, by its path and metadata, before its message is received. Raises SlotdError."""
     connections: set[Connection] = field(default_factory=set)
     calls: int = 0
+    _unpacking: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    async def unpacked(self, call: Call, message: Message) -> bytes:
+        """A packed message. What it may become counts among the bytes in hand meanwhile, and what it has become, if it
+        is the only one of its call, until that ends. Raises SlotdError."""
+        most = min(self.max_message, call.method.most)
+        self.room.take(most)
+        kept = 0
+        try:
+            data = await in_turn(self._unpacking, None, unpack, message.data, call.encoding, most)
+            if call.method.streaming is None and call.open:
+                kept = len(data)
+        finally:
+            self.room.give(most - kept)
+            call.assembler.held += kept
+        return data
 
     def tick(self) -> None:
         """Once a second."""
@@ -127,7 +146,7 @@ class Connection(asyncio.BufferedProtocol):
         self._reading: Call | None = None
         self._ends = False
         self._direct: Call | None = None
-        self._turn = 0
+        self._turn = self._blocks = 0
         self._consumed = 0
         self._headers_in = HeaderReader()
         self._block: tuple[int, int, bytearray] | None = None
@@ -163,7 +182,7 @@ class Connection(asyncio.BufferedProtocol):
             return
         self._transport.set_write_buffer_limits(high=_UNSENT)
         self.peer = _peer(self._transport)
-        self._local = self.peer.startswith("unix:")
+        self._local = transport.get_extra_info("socket").family == socket.AF_UNIX
         self._shared.connections.add(self)
         window = min(frames.MAX_WINDOW, self._shared.max_message + BUFFER)
         hello = frames.settings(
@@ -245,11 +264,17 @@ class Connection(asyncio.BufferedProtocol):
     def _go_on(self) -> None:
         if self._transport is not None and not self._transport.is_closing():
             self._transport.resume_reading()
+            if self._at < self._end:  # what had come before
+                self.buffer_updated(0)
 
     # --- frames -------------------------------------------------------------------------------------------------------
 
     def _read(self) -> None:
+        blocks = self._blocks
         while not self._over:
+            if self._blocks - blocks >= _BLOCKS:
+                self._rest()
+                return
             have = self._end - self._at
             if self._left:
                 if not have:
@@ -411,6 +436,7 @@ class Connection(asyncio.BufferedProtocol):
             self._on_block(stream, first, bytes(block))
 
     def _on_block(self, stream: int, flags: int, block: bytes) -> None:
+        self._blocks += 1
         headers = self._headers_in.read(block)
         if stream <= self._last:
             call = self._calls.get(stream)
@@ -426,10 +452,13 @@ class Connection(asyncio.BufferedProtocol):
         if self._draining is not None and stream > self._draining:
             return  # the client sends it elsewhere
         if headers.fault is not None:
+            self._count()
             self._write(frames.reset(stream, frames.PROTOCOL_ERROR))
         elif len(self._calls) + self._ending >= self._shared.max_streams:
+            self._count()
             self._write(frames.reset(stream, frames.REFUSED_STREAM))
         elif headers.method != "POST" or not _is_grpc(headers.content_type):
+            self._count()
             wrong = b"405" if headers.method != "POST" else b"415"
             answer = frames.frame(
                 frames.HEADERS, frames.END_HEADERS | frames.END_STREAM, stream, write([(":status", wrong)])
@@ -518,8 +547,9 @@ class Connection(asyncio.BufferedProtocol):
 
     def _open(self, stream: int, headers: Headers, *, ended: bool) -> None:
         shared = self._shared
-        self._control -= 4
-        call = Call(stream, headers, self.peer, self._initial, Assembler(shared.max_message, shared.room))
+        method = shared.routes.get(headers.path)
+        most = min(shared.max_message, method.most) if method is not None else 0
+        call = Call(stream, headers, self.peer, self._initial, Assembler(most, shared.room))
         call.receivable = shared.max_message + BUFFER
         call.half_closed = ended
         self._calls[stream] = call
@@ -527,9 +557,7 @@ class Connection(asyncio.BufferedProtocol):
         try:
             if headers.size > MAX_METADATA:
                 raise Overloaded(f"metadata of {headers.size} bytes; at most {MAX_METADATA} are taken")
-            if shared.guard is not None and not self._local:
-                shared.guard(headers.path, headers.metadata)
-            method = shared.routes.get(headers.path)
+            self._admit(headers.path, headers.metadata)
             if method is None:
                 raise Unimplemented(f"there is no method {headers.path[:200]!r}", hint="ask gRPC reflection")
             if shared.calls > shared.max_calls:
@@ -538,18 +566,30 @@ class Connection(asyncio.BufferedProtocol):
                 call.deadline = time.monotonic() + timeout_of(headers.timeout)
         except SlotdError as error:
             self._refuse(call, error)
+            self._count()
             return
+        self._control -= 4
         call.method = method
         if method.streaming is not None:
             call.send = partial(self._send, call)
             call.taken = partial(self._taken, call)
+            call.unpacked = partial(shared.unpacked, call)
             self._start(call)
         elif ended:
             self._deliver(call)
 
+    def _admit(self, path: str, metadata: Metadata) -> None:
+        if self._shared.guard is not None and not self._local:
+            self._shared.guard(path, metadata)
+
     def _deliver(self, call: Call) -> None:
         """Something of a call has come."""
         if call.method.streaming is not None:
+            try:  # once more: a stream may be older than its key
+                self._admit(call.path, call.metadata)
+            except SlotdError as error:
+                self._refuse(call, error)
+                return
             call.wake()
             return
         ready, partial_ = call.assembler.ready, call.assembler.partial
@@ -598,7 +638,7 @@ class Connection(asyncio.BufferedProtocol):
         message = call.assembler.ready.pop()
         data = message.data
         if message.compressed:
-            data = await asyncio.to_thread(unpack, data, call.encoding, self._shared.max_message)
+            data = await self._shared.unpacked(call, message)
         assert call.method.unary is not None
         return await call.method.unary(data, call)
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import zlib
+from collections.abc import Callable
+from concurrent.futures import Executor
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 
 from agent.errors import InvalidInput, Overloaded, Unimplemented
+
+T = TypeVar("T")
 
 PREFIX = 5
 WAITING = 1000
@@ -128,6 +134,27 @@ class Assembler:
             self._room.take(paid - self._paid)
             self.held += paid - self._paid
             self._paid = paid
+
+
+async def in_turn(lock: asyncio.Lock, executor: Executor | None, work: Callable[..., T], *arguments: Any) -> T:
+    """`work` in a thread, one at a time.
+
+    Who waits and is cancelled leaves nothing in the executor's queue; what runs keeps its turn until it has ended.
+    """
+    await lock.acquire()
+    try:
+        job = asyncio.get_running_loop().run_in_executor(executor, work, *arguments)
+    except BaseException:
+        lock.release()
+        raise
+
+    def ended(job: asyncio.Future[T]) -> None:
+        lock.release()
+        if not job.cancelled():
+            job.exception()  # told to who waits; nobody may
+
+    job.add_done_callback(ended)
+    return await asyncio.shield(job)
 
 
 def unpack(data: bytes | memoryview, encoding: str, most: int) -> bytes:
