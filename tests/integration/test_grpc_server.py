@@ -31,7 +31,7 @@ from agent.serving.listen import GrpcServer
 from agent.serving.protos import PredictRequest, PredictResponse, message
 from support.fake_dataplane import FakeDataplane
 from support.stall import stall_probe
-from support.tfs_client import PREDICT, TfsClient, predict_request, tensor_proto, trailing
+from support.tfs_client import CHANNEL_OPTIONS, PREDICT, TfsClient, predict_request, tensor_proto, trailing
 
 X = np.arange(6, dtype=np.float32).reshape(2, 3)
 SERVING, NOT_SERVING = 1, 2
@@ -707,8 +707,9 @@ async def test_keys_are_asked_for_over_tcp(tmp_path: Path) -> None:
             await local.predict({"x": X})
             # What has no key is refused before its message has come.
             before = len(house.dataplane.requests)
-            error = await refused(client.send(bytes(30 << 20)))
-            assert error.code() is grpc.StatusCode.UNAUTHENTICATED
+            with grpc.insecure_channel(tcp, CHANNEL_OPTIONS) as channel, pytest.raises(grpc.RpcError) as caught:
+                await asyncio.to_thread(channel.unary_unary(PREDICT), bytes(30 << 20), timeout=20)
+            assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
             assert len(house.dataplane.requests) == before
             async with grpc.aio.insecure_channel(tcp) as channel:
                 health = health_pb2_grpc.HealthStub(channel)

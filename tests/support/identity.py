@@ -79,10 +79,15 @@ class Report:
 
 
 class IdentityStorm:
-    """`run` one storm of `swaps`. `share`: the load over the bridge's capacity, as preflight has measured it."""
+    """`run` one storm of `swaps`.
 
-    def __init__(self, folder: Path, swaps: int, seed: int, *, share: float = 0.8, **settings: Any) -> None:
-        self.swaps, self.share = swaps, share
+    `share`: the load over the bridge's capacity, as preflight has measured it; `deadline`: of each request, in seconds.
+    """
+
+    def __init__(
+        self, folder: Path, swaps: int, seed: int, *, share: float = 0.8, deadline: float = 20.0, **settings: Any
+    ) -> None:
+        self.swaps, self.share, self.deadline = swaps, share, deadline
         self.folder = folder
         self._rng = random.Random(seed)
         options = {"device": str(folder / "card"), "program_time": 0.02, "latency": 0.002, "secret": True}
@@ -125,7 +130,7 @@ class IdentityStorm:
             rate = self.share * capacity
             assert host.process is not None
             pid, current = host.process.pid, tags[0]
-            with open_load(host.address, rate, self._expected, host.device) as seen:
+            with open_load(host.address, rate, self._expected, host.device, self.deadline) as seen:
                 began = time.monotonic()
                 for swap in range(1, self.swaps + 1):
                     current = self._rng.choice([tag for tag in tags if tag != current])

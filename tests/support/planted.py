@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 ROLE, MODE, TARGETS = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
@@ -226,7 +227,7 @@ def parser() -> int:
         print(json.dumps(attempt()), flush=True)
         os._exit(0)
 
-    module.read_request = parse
+    module.FORMS = (replace(module.FORMS[0], read=parse),)
     module.main()
     return 0
 

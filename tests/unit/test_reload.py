@@ -89,6 +89,7 @@ class TestChanges:
             "serving.grpc.socket",
             "serving.grpc.max_message",
             "serving.grpc.max_streams",
+            "serving.keys",
         ]
         assert {field for field, effect in EFFECTS.items() if effect is Effect.LAUNCH} == {
             field for field in EFFECTS if field.startswith("executor.")
