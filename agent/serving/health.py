@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 
-from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2
 
 from agent.errors import InvalidInput, NotFound
 from agent.serving.dataplane import Dataplane
 from agent.serving.h2.call import QUESTION, Call, Method, Reply
+from agent.serving.protos import parse
 from agent.serving.tensorproto import short
 
 SERVICE = "grpc.health.v1.Health"
@@ -104,10 +104,7 @@ class Health:
 
 
 def _asked(data: bytes | memoryview) -> str:
-    try:
-        service: str = health_pb2.HealthCheckRequest.FromString(bytes(data)).service
-    except DecodeError:
-        raise InvalidInput("the bytes are not a grpc.health.v1.HealthCheckRequest", field="request") from None
+    service: str = parse(health_pb2.HealthCheckRequest, data).service
     return service
 
 

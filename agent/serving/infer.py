@@ -15,14 +15,13 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from google.protobuf.message import DecodeError
 
-from agent.errors import InvalidInput, NotFound, Overloaded, Unimplemented
+from agent.errors import InvalidInput, NotFound, Unimplemented
 from agent.model.protowire import read_varint
 from agent.model.signature import DType, Strings, Tensor, dtype_of
 from agent.serving.canonical import MAX_COPIED, MAX_FILTER, MAX_ITEMS, name_at, span
 from agent.serving.encode import Parts, delimited, put_together, varint
-from agent.serving.protos import ModelInferRequest
+from agent.serving.protos import ModelInferRequest, parse
 from agent.serving.tensorproto import (
     MAX_ELEMENTS,
     MAX_NAME,
@@ -66,16 +65,7 @@ def read_infer(data: bytes | memoryview, *, most: int) -> Parsed:
     Raises InvalidInput naming the tensor, TooLarge if only `most` stands against it, Overloaded if memory does,
     NotFound for a version that is no number, Unimplemented for what is not served.
     """
-    try:
-        request = ModelInferRequest.FromString(bytes(data))
-    except DecodeError as error:
-        if "alloc failed" in str(error):  # the only sign that protobuf gives of it
-            raise Overloaded("has too many parts to be parsed in the memory it may have", field="request") from None
-        raise InvalidInput(
-            "the bytes are not an inference.ModelInferRequest",
-            field="request",
-            hint="check the message type and the tensors' names, which must be UTF-8",
-        ) from None
+    request = parse(ModelInferRequest, data)
     _bounded(request)
     raw = request.raw_input_contents
     if raw and len(raw) != len(request.inputs):

@@ -10,10 +10,8 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-from google.protobuf.message import DecodeError
-
 from agent import __version__
-from agent.errors import InvalidInput, NotFound, SlotdError, Unavailable
+from agent.errors import NotFound, SlotdError, Unavailable
 from agent.executor.seat import Seat
 from agent.model.signature import Strings, Tensor, TensorSpec
 from agent.serving.binding import ModelFields
@@ -24,7 +22,7 @@ from agent.serving.forms import INFER
 from agent.serving.h2.call import QUESTION, Call, Method, Reply
 from agent.serving.infer import DATATYPES, encode_infer, version_of
 from agent.serving.parse import LARGE
-from agent.serving.protos import message
+from agent.serving.protos import message, parse
 from agent.serving.tensorproto import Parsed
 
 SERVICE = "inference.GRPCInferenceService"
@@ -119,11 +117,7 @@ def _unary(name: str, handler: Callable[[Any], dict[str, object]]) -> Callable[[
     asked, answered = message(f"inference.{name}Request"), message(f"inference.{name}Response")
 
     async def answer(data: bytes | memoryview, _: Call) -> Reply:
-        try:
-            request = asked.FromString(bytes(data))
-        except DecodeError:
-            raise InvalidInput(f"the bytes are not an inference.{name}Request", field="request") from None
-        written: bytes = answered(**handler(request)).SerializeToString()
+        written: bytes = answered(**handler(parse(asked, data))).SerializeToString()
         return written
 
     return answer

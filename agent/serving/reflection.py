@@ -9,13 +9,12 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
-from agent.errors import InvalidInput, Unimplemented
+from agent.errors import Unimplemented
 from agent.serving.h2.call import QUESTION, Call, Method
-from agent.serving.protos import POOL
+from agent.serving.protos import POOL, parse
 
 SERVICE = "grpc.reflection.v1alpha.ServerReflection"
 _LATER = "grpc.reflection.v1.ServerReflection"
@@ -39,10 +38,7 @@ class Reflection:
             await asyncio.sleep(0)  # all questions may be there already: others have their turn
             if message.compressed:
                 raise Unimplemented("packed messages are not taken here")
-            try:
-                request = reflection_pb2.ServerReflectionRequest.FromString(bytes(message.data))
-            except DecodeError:
-                raise InvalidInput("the bytes are not a ServerReflectionRequest", field="request") from None
+            request = parse(reflection_pb2.ServerReflectionRequest, message.data)
             for answer in self._servicer.ServerReflectionInfo(iter((request,)), None):
                 await call.send(answer.SerializeToString())
 

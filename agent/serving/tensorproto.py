@@ -12,11 +12,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from google.protobuf.message import DecodeError
 
-from agent.errors import InvalidInput, Overloaded
+from agent.errors import InvalidInput
 from agent.model.signature import DType, Strings, Tensor
-from agent.serving.protos import DataType, PredictRequest
+from agent.serving.protos import DataType, PredictRequest, parse
 
 MAX_TENSORS = 32
 MAX_OUTPUTS = 256
@@ -69,16 +68,7 @@ def read_request(data: bytes | memoryview, *, most: int) -> Parsed:
 
     Raises InvalidInput naming the tensor, TooLarge if only `most` stands against it, Overloaded if memory does.
     """
-    try:
-        request = PredictRequest.FromString(bytes(data))
-    except DecodeError as error:
-        if "alloc failed" in str(error):  # the only sign that protobuf gives of it
-            raise Overloaded("has too many parts to be parsed in the memory it may have", field="request") from None
-        raise InvalidInput(
-            "the bytes are not a tensorflow.serving.PredictRequest",
-            field="request",
-            hint="check the message type and the tensors' names, which must be UTF-8",
-        ) from None
+    request = parse(PredictRequest, data)
     if len(request.inputs) > MAX_TENSORS:
         raise InvalidInput(f"has {len(request.inputs)} tensors; at most {MAX_TENSORS} are taken", field="inputs")
     if len(request.output_filter) > MAX_OUTPUTS:

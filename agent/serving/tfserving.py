@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from google.protobuf.message import DecodeError
-
 from agent.errors import InvalidInput, NotFound, Unimplemented
 from agent.executor.seat import Seat
 from agent.model.signature import DType, Tensor, TensorSpec, dtype_of
@@ -18,7 +16,7 @@ from agent.serving.encode import SIGNATURE_NAME, encode_response
 from agent.serving.exchange import Exchange, Wire, served
 from agent.serving.forms import PREDICT
 from agent.serving.h2.call import QUESTION, Call, Method, Reply
-from agent.serving.protos import message
+from agent.serving.protos import message, parse
 from agent.serving.tensorproto import FIELDS, Parsed, short
 
 SERVICE = "tensorflow.serving.PredictionService"
@@ -47,7 +45,7 @@ class PredictionService:
         return await self._exchange.answer(data, call, WIRE)
 
     async def _metadata(self, data: bytes | memoryview, _: Call) -> Reply:
-        asked = _read(_MetadataRequest, data)
+        asked = parse(_MetadataRequest, data)
         if not asked.metadata_field:
             raise InvalidInput("names nothing", field="metadata_field", hint=f"ask for {METADATA!r}")
         for field in asked.metadata_field:
@@ -65,7 +63,7 @@ class PredictionService:
 
     async def _status(self, data: bytes | memoryview, _: Call) -> Reply:
         """AVAILABLE for the model that answers: another one is not there for a client before it does."""
-        seat = self._model(_read(_StatusRequest, data).model_spec)
+        seat = self._model(parse(_StatusRequest, data).model_spec)
         status = {"version": seat.model.version, "state": "AVAILABLE", "status": {}}
         written: bytes = _StatusResponse(model_version_status=[status]).SerializeToString()
         return written
@@ -86,13 +84,6 @@ _SignatureDef = message("tensorflow.SignatureDef")
 _SignatureDefMap = message("tensorflow.serving.SignatureDefMap")
 _TensorInfo = message("tensorflow.TensorInfo")
 _NUMBERS = {dtype: number for number, dtype, _ in FIELDS}
-
-
-def _read(kind: Any, data: bytes | memoryview) -> Any:
-    try:
-        return kind.FromString(bytes(data))
-    except DecodeError:
-        raise InvalidInput(f"the bytes are not a {kind.DESCRIPTOR.full_name}", field="request") from None
 
 
 def _described(spec: TensorSpec) -> Any:

@@ -53,4 +53,4 @@ def test_it_is_told_what_is_wrong(seen: dict[str, Any], case: str, code: str, sa
 
 def test_it_does_not_notice_swaps(seen: dict[str, Any]) -> None:
     assert seen["answers"].keys() == {"3.0", "4.0"}, "one of the two models, nothing else"
-    assert sum(seen["answers"].values()) > 1000
+    assert sum(seen["answers"].values()) > 100

@@ -1,14 +1,14 @@
-"""TensorFlow Serving's own stubs against a slotd: `tfserving_program.py ADDRESS SECONDS`, in an environment that has
+"""TensorFlow Serving's own stubs against a slotd: `tfserving_program.py ADDRESS`, in an environment that has
 TensorFlow and tensorflow-serving-api.
 
-Prints a line "ready" before it sends for SECONDS, and then one line of JSON with what it saw.
+Prints a line "ready", sends until its input ends, and then prints one line of JSON with what it saw.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-import time
+import threading
 
 import grpc
 import numpy as np
@@ -22,7 +22,7 @@ from tensorflow_serving.apis import (
     prediction_service_pb2_grpc,
 )
 
-ADDRESS, SECONDS = sys.argv[1], float(sys.argv[2])
+ADDRESS = sys.argv[1]
 X = np.arange(8, dtype=np.float32).reshape(2, 4)
 
 
@@ -69,8 +69,9 @@ def main() -> None:
     }
     print("ready", flush=True)
     answers: dict[str, int] = {}
-    until = time.monotonic() + SECONDS
-    while time.monotonic() < until:
+    over = threading.Event()
+    threading.Thread(target=lambda: (sys.stdin.read(), over.set()), daemon=True).start()
+    while not over.is_set():
         try:
             key = str(float(predictions.Predict(request("x", X), timeout=20).outputs["y"].float_val[1]))
         except grpc.RpcError as error:
