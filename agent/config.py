@@ -89,7 +89,7 @@ def _default_device() -> str:
 class Section(BaseModel):
     """A part of the configuration; unknown fields are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class SlotConfig(Section):

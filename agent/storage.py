@@ -20,7 +20,7 @@ from agent.journal.boot import BootRecord, ModelRef, confirm_boot, read_boot, re
 from agent.journal.database import Journal
 from agent.journal.reserve import Reserve
 from agent.slot.arbiter import Arbiter
-from agent.slot.books import BOOT
+from agent.slot.books import BOOT, Books
 from agent.slot.deployment import Deployments
 from agent.slot.recovery import Recovery
 from agent.slot.residents import Residents
@@ -304,7 +304,7 @@ async def load_committed(
         return
     try:
         try:
-            await _admit(ref, images, residents)
+            await _admit(ref, deployments.books, images, residents)
         except (StorageError, NotFound) as damage:
             if not mend:
                 raise
@@ -315,7 +315,7 @@ async def load_committed(
                     f"{damage}; it cannot be made whole: {error}",
                     hint=error.hint or damage.hint or "deploy the model again",
                 ) from error
-            await _admit(ref, images, residents)
+            await _admit(ref, deployments.books, images, residents)
     except SlotdError as error:
         error.forget_frames()
         arbiter.trouble = error
@@ -325,12 +325,16 @@ async def load_committed(
         issues.clear("committed-model")
 
 
-async def _admit(ref: ModelRef, images: ImageSource, residents: Residents) -> None:
+async def _admit(ref: ModelRef, books: Books, images: ImageSource, residents: Residents) -> None:
     """Loads it while its files are read; what is wrong with them comes before what an executor makes of that."""
+    threads = residents.config.threads
     model = await images.model(ref.digest, ref.reference, unread=True)
+    known = await books.pace(ref.digest, threads)
     intact = asyncio.create_task(images.verify(ref.digest), name="verify-committed")
     try:
-        await residents.admit(model, intact=intact)
+        resident = await residents.admit(model, intact=intact, service=known)
+        if known is None and resident.measured:
+            await books.keep_pace(ref.digest, threads, resident.service)
     except SlotdError:
         await intact
         raise

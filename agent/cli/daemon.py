@@ -43,14 +43,12 @@ def run(config: ConfigOption = None, embedded: EmbeddedOption = False) -> None:
     import structlog  # noqa: F401
 
     del sys.modules["rich"]
+    from agent.images import early
     from agent.logs import configure
     from agent.reload.source import load
 
-    loaded = load(config, embedded=embedded)
+    loaded = load(config, embedded=embedded, early=early.begin)
     configure(loaded.config.log)
-    from agent.images import early
-
-    early.begin(loaded.config.state_dir)
     from agent import daemon
 
     raise typer.Exit(daemon.run(loaded))

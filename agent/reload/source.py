@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,6 @@ from agent.config import DEFAULT_PATH, MAX_BYTES, Config, ConfigFile, invalid, p
 from agent.errors import InvalidConfig
 from agent.images.files import storage_error, sync_folder
 from agent.model.documents import parse_yaml
-from drivers import make
 
 GOOD = "config.good.yaml"
 EMBEDDED = "link: {host: ''}"
@@ -46,29 +46,39 @@ class Loaded:
         return hashlib.sha256(self.text.encode()).hexdigest()
 
 
-def read(path: Path, *, embedded: bool = False) -> ConfigFile:
-    """A valid file, which the driver takes too. Raises InvalidConfig with every field at fault."""
+def read(path: Path, *, embedded: bool = False, early: Callable[[Path], None] | None = None) -> ConfigFile:
+    """A valid file, which the driver takes too; before the driver is asked, `early` is called with the state folder.
+
+    Raises InvalidConfig with every field at fault.
+    """
     file = read_file(path, embedded=embedded)
+    if early is not None:
+        early(file.config.state_dir)
     check_driver(file.config, str(path))
     return file
 
 
 def check_driver(config: Config, where: str) -> None:
     """Whether there is such a driver and it takes its options. Raises InvalidConfig."""
+    from drivers import make
+
     try:
         make(config.slot.driver, config.driver_options)
     except ValueError as error:
         raise invalid([("slot", str(error))], where) from None
 
 
-def load(path: Path | None, *, embedded: bool = False) -> Loaded:
-    """What `slotd run` starts with. Raises InvalidConfig with the faults of the file if there is no good one either."""
+def load(path: Path | None, *, embedded: bool = False, early: Callable[[Path], None] | None = None) -> Loaded:
+    """What `slotd run` starts with; `early` as for `read`.
+
+    Raises InvalidConfig with the faults of the file if there is no good one either.
+    """
     chosen = (path or DEFAULT_PATH).absolute()
     if path is None and embedded and not os.path.lexists(chosen):
         config = parse_config(EMBEDDED, where="--embedded", embedded=True)
         return Loaded(config, chosen, EMBEDDED, "defaults", embedded)
     try:
-        file = read(chosen, embedded=embedded)
+        file = read(chosen, embedded=embedded, early=early)
     except InvalidConfig as fault:
         good = read_good(state_folder(chosen), chosen, embedded=embedded)
         if good is None:

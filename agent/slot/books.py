@@ -18,6 +18,8 @@ log = structlog.get_logger(__name__)
 
 BOOT = "boot"
 """Journal key: a copy of what is in boot.json, for a host that loses both of its files."""
+PACE = "pace"
+"""Journal key: how fast the committed model's bridge is, so that nobody waits for that to be measured at a start."""
 MAX_OWED = 1000
 Entry = Callable[[], Awaitable[object]]
 
@@ -62,6 +64,23 @@ class Books:
         fields = asdict(record)
         del fields["repaired"]
         await self.write(lambda: self.journal.put(BOOT, fields))
+
+    async def keep_pace(self, digest: str, threads: int, service: float) -> None:
+        """How fast the committed model's bridge was found to be: seconds for one request on so many threads."""
+        pace = {"digest": digest, "threads": threads, "service": service}
+        await self.write(lambda: self.journal.put(PACE, pace))
+
+    async def pace(self, digest: str, threads: int) -> float | None:
+        """What `keep_pace` kept, if it was of this model and of as many threads."""
+        try:
+            kept = await self.journal.get(PACE)
+        except StorageError as error:
+            log.warning("pace_unknown", error=str(error))
+            return None
+        if not isinstance(kept, dict) or (kept.get("digest"), kept.get("threads")) != (digest, threads):
+            return None
+        service = kept.get("service")
+        return service if isinstance(service, float) and service > 0 else None
 
     async def settle(self, in_force: Callable[[], BootRecord]) -> None:
         """Writes what is owed, and boot.json if it is in doubt; each time the disk may have been mended."""

@@ -553,6 +553,9 @@ class Deployments:
         self.arbiter.commit(deployment.turn)
         deployment.turn.over = True
         await self.books.remember(record)
+        resident = self.residents.models.get(model.digest) if model is not None else None
+        if resident is not None and resident.measured:
+            await self.books.keep_pace(resident.model.digest, self.config.threads, resident.service)
         if old is not None and (ref is None or old.digest != ref.digest):
             await self._noted(self.residents.dismiss(old.digest))
 

@@ -74,15 +74,25 @@ class Residents:
         """Another configuration is in force; for executors that start from now on."""
         self.config = config
 
-    async def admit(self, model: Model, *, idle: bool = False, intact: Awaitable[None] | None = None) -> Resident:
+    async def admit(
+        self,
+        model: Model,
+        *,
+        idle: bool = False,
+        intact: Awaitable[None] | None = None,
+        service: float | None = None,
+    ) -> Resident:
         """Loads a model and keeps it loaded. `idle`: it runs only when nothing else wants the CPU.
 
         It answers nobody before `intact` has ended well, if that is given: its files are checked while it is loaded.
+        `service`: seconds for one request, if that was measured before; then the first one to run is a client's.
         Raises ExecutorError (with what the child says of the model), what `intact` raises, and leaves nothing behind.
         """
         async with self._loading:  # a deployment and the recovery may want the same
             if model.digest not in self.models:
                 resident = Resident(model, idle=idle, signature=model.spec.signature)
+                if service is not None:
+                    resident.service, resident.measured = service, True
                 self.models[model.digest] = await self._load(resident, intact)
             return self.models[model.digest]
 
@@ -187,11 +197,13 @@ class Residents:
         worker = await Worker.start(launch, timeout=self.config.slot.load_timeout)
         seat = Seat.of(resident.model, On.BRIDGE.value, worker, resident.decoders)
         try:
-            # A candidate has time to be measured well; for any other, clients wait.
-            runs = RUNS if launch.idle else 1
-            service = await measure(seat, timeout=self.config.slot.load_timeout, runs=runs)
-            if not resident.measured or launch.idle:
-                resident.service, resident.measured = service, True
+            # A candidate has time to be measured well; for any other, clients wait, and what an earlier start has
+            # measured is not measured again.
+            if intact is None or not resident.measured:
+                runs = RUNS if launch.idle else 1
+                service = await measure(seat, timeout=self.config.slot.load_timeout, runs=runs)
+                if not resident.measured or launch.idle:
+                    resident.service, resident.measured = service, True
             if intact is not None:
                 await intact
         except BaseException:
