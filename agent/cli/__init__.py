@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from agent.errors import SlotdError
 
 
 def main() -> None:
@@ -18,19 +22,29 @@ def main() -> None:
 
         start_early()  # before all that takes long to import
         gc.disable()  # until the daemon is ready: there is no garbage before
-        import agent.cli.daemon  # noqa: F401  # the one verb that is wanted; all of them take 40 ms
-        from agent.cli.app import app
-    else:
-        from agent.cli.verbs import app
+
+    from agent.cli.start import plain, start
+    from agent.errors import SlotdError
 
     try:
+        if (options := plain(sys.argv[1:])) is not None:
+            sys.exit(start(*options))
+        from agent.cli.verbs import app
+
         app(prog_name="slotd")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except SlotdError as error:
+        _fail(error)
     except Exception as fault:
         if os.environ.get("SLOTD_TRACEBACK"):
             raise
-        from agent.cli.output import show_error
-        from agent.errors import SlotdError
-
         text = " ".join(f"{type(fault).__name__}: {fault}".split())
-        show_error(SlotdError(f"an unforeseen fault: {text}", hint="SLOTD_TRACEBACK=1 shows where; please report it"))
-        sys.exit(SlotdError.exit)
+        _fail(SlotdError(f"an unforeseen fault: {text}", hint="SLOTD_TRACEBACK=1 shows where; please report it"))
+
+
+def _fail(error: SlotdError) -> NoReturn:
+    from agent.cli.output import show_error
+
+    show_error(error)
+    sys.exit(error.exit)

@@ -30,28 +30,9 @@ def run(config: ConfigOption = None, embedded: EmbeddedOption = False) -> None:
     Without a valid configuration it takes the last one that came up; without that too, it ends with 78. With --embedded
     and no file at all it takes the defaults.
     """
-    import faulthandler
-    import sys
+    from agent.cli.start import start
 
-    from agent.memory import take_turns, tune_malloc
-
-    faulthandler.enable(2)  # a watchdog that was missed (SIGABRT) tells where the loop stood
-    tune_malloc()  # before anything large is imported
-    take_turns()
-    # structlog would import rich, a twentieth of the start, for tracebacks in colour that the daemon never writes.
-    sys.modules["rich"] = None  # type: ignore[assignment]
-    import structlog  # noqa: F401
-
-    del sys.modules["rich"]
-    from agent.images import early
-    from agent.logs import configure
-    from agent.reload.source import load
-
-    loaded = load(config, embedded=embedded, early=early.begin)
-    configure(loaded.config.log)
-    from agent import daemon
-
-    raise typer.Exit(daemon.run(loaded))
+    raise typer.Exit(start(config, embedded))
 
 
 @app.command(rich_help_panel=HOST)
