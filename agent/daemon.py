@@ -264,7 +264,13 @@ class Daemon:
         if boot.committed is not None:
             notify_status(f"loading {boot.committed.name} {boot.committed.version}")
         # A repair may take long, and the ports open first.
-        await asyncio.gather(load(mend=False), asyncio.to_thread(_bring_the_rest))
+        await asyncio.gather(load(mend=False), asyncio.to_thread(_bring_the_server))
+        from agent.serving.listen import GrpcServer
+
+        server = GrpcServer(config.serving, config.run_dir, dataplane, issues)
+        listen = await server.start()
+        stack.push_async_callback(server.stop)
+        await asyncio.to_thread(_bring_the_rest)
         await asyncio.to_thread(drop_early)  # there was nothing to load
         from agent.commands.admin import AdminServer
         from agent.commands.builtin import build_table
@@ -272,16 +278,13 @@ class Daemon:
         from agent.link.keeper import LinkKeeper
         from agent.link.mqtt import Link
         from agent.reload.reloader import Reloader
-        from agent.serving.listen import GrpcServer
 
         host = self.host = SlotHost(
             config, self.boot_id, arbiter, dataplane, installer, recovery, deployments, issues.list
         )
         table = build_table(host)
-        server = GrpcServer(config.serving, config.run_dir, dataplane, issues)
         admin = AdminServer(config.run_dir / "admin.sock", table, host)
-        host.listen = await server.start()
-        stack.push_async_callback(server.stop)
+        host.listen = listen
         stack.push_async_callback(self._note_stop, journal)
         await admin.start()
         stack.push_async_callback(admin.close)
@@ -394,14 +397,18 @@ def run(loaded: Loaded) -> int:
         return runner.run(Daemon(loaded).run())
 
 
+def _bring_the_server() -> None:
+    """Imports what a model can be loaded without, beside its being loaded."""
+    import agent.serving.listen  # noqa: F401
+
+
 def _bring_the_rest() -> None:
-    """Imports what a model can be loaded without; that takes as long as loading, and is done beside it."""
+    """Imports what clients can be answered without."""
     import agent.commands.admin
     import agent.commands.builtin
     import agent.host
     import agent.link.mqtt
-    import agent.reload.reloader
-    import agent.serving.listen  # noqa: F401
+    import agent.reload.reloader  # noqa: F401
 
     keep_code()
 

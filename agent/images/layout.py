@@ -111,7 +111,7 @@ class Store:
             spec = read_spec(folder)
         except OSError as error:
             raise storage_error(error, "the model cannot be read") from None
-        hashes = {path: sha256 for path, (sha256, _) in listed.files.items()}
+        hashes = {path: hash_ for path, (hash_, _) in listed.files.items()}
         return Model(digest, reference or listed.reference, folder, spec, hashes)
 
     def verify(self, digest: str) -> None:

@@ -6,7 +6,6 @@ written. A symlink is kept in memory and becomes a second name of the file it le
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from typing import Literal
 
 from agent.errors import InvalidImage
 from agent.images.files import check_space
-from agent.images.hashes import NAME
+from agent.images.hashes import NAME, hasher
 
 MAX_NAME = 255
 MAX_PATH = 1024
@@ -34,7 +33,7 @@ class Node:
 
     kind: Literal["file", "folder", "symlink"]
     layer: int
-    sha256: str = ""
+    hash: str = ""
     size: int = 0
     target: str = ""
     children: dict[str, Node] = field(default_factory=dict)
@@ -71,7 +70,7 @@ class Tree:
     def add_file(self, parts: Parts, content: Iterable[memoryview], layer: int) -> None:
         with self._place(parts, layer) as parent:
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            digest, size = hashlib.sha256(), 0
+            digest, size = hasher(), 0
             with os.fdopen(os.open(parts[-1], flags, 0o644, dir_fd=parent), "wb", buffering=0) as file:
                 for part in content:
                     digest.update(part)
@@ -98,7 +97,7 @@ class Tree:
             return
         with self._place(parts, layer) as parent:
             self._link(other, parent, parts[-1])
-            self._set(parts, Node("file", layer, node.sha256, node.size))
+            self._set(parts, Node("file", layer, node.hash, node.size))
 
     def whiteout(self, parts: Parts, layer: int) -> None:
         """Remove what lower layers have at `parts`, and below; `()` is /models itself."""
@@ -133,16 +132,16 @@ class Tree:
     # --- after the last layer ----------------------------------------------------------------------------------------
 
     def finish(self) -> dict[str, tuple[str, int]]:
-        """Turn symlinks into names of their files, make all folders durable; path to (sha256, size) of each file."""
+        """Turn symlinks into names of their files, make all folders durable; path to (hash, size) of each file."""
         files: dict[str, tuple[str, int]] = {}
         for parts, node in list(self._walk((), self.root)):
             if node.kind == "symlink":
                 other = self._resolve(parts, node)
-                node.sha256, node.size = other[1].sha256, other[1].size
+                node.hash, node.size = other[1].hash, other[1].size
                 with self._open(parts[:-1]) as parent:
                     self._link(other[0], parent, parts[-1])
             if node.kind != "folder":
-                files["/".join(parts)] = (node.sha256, node.size)
+                files["/".join(parts)] = (node.hash, node.size)
         for parts, node in self._walk((), self.root):
             if node.kind == "folder":
                 with self._open(parts) as folder:

@@ -217,7 +217,7 @@ class Model:
     folder: Path
     spec: ModelSpec
     hashes: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
-    """sha256 in hex of each file in `folder`, as they were verified; empty for a model that is not from the store."""
+    """BLAKE2b-256 in hex of each file in `folder`, as verified; empty for a model that is not from the store."""
 
     @property
     def name(self) -> str:

@@ -17,6 +17,7 @@ from agent.errors import ExecutorDied, ProofFailed, Refused, SlotdError, SlotErr
 from agent.executor.client import Worker, launch_model
 from agent.executor.programmer import run_programmer
 from agent.executor.seat import Seat
+from agent.images.hashes import PIECE, hasher
 from agent.journal.database import Journal
 from agent.model.golden import read_golden
 from agent.model.spec import Model
@@ -310,20 +311,29 @@ async def prove_seat(
 
 
 def wanted_of(model: Model) -> Wanted:
-    """What must be in the slot for a model, its bitstream as it was verified. Raises StorageError."""
+    """What must be in the slot for a model, its bitstream as it was verified. Blocking.
+
+    Raises StorageError, SlotError INCOMPATIBLE_BITSTREAM.
+    """
     section = model.spec.slot
     if section is None:
         return Wanted()
-    verified = model.hashes.get(section.bitstream)
-    if verified is not None:
-        return Wanted(section.interface, section.accelerator, verified)
+    digest, checked = hashlib.sha256(), hasher()
     try:
         with (model.folder / section.bitstream).open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            while piece := file.read(PIECE):
+                digest.update(piece)
+                checked.update(piece)
     except OSError as error:
         raise StorageError(
             f"the bitstream cannot be read: {error.strerror}",
             field=str(model.folder / section.bitstream),
             hint="check the disk; deploy the model again",
         ) from error
-    return Wanted(section.interface, section.accelerator, digest)
+    if model.hashes.get(section.bitstream, checked.hexdigest()) != checked.hexdigest():
+        raise SlotError(
+            f"the bitstream {section.bitstream} is not what it was when it was verified",
+            code="INCOMPATIBLE_BITSTREAM",
+            hint="the unpacked model changed on disk; deploy it again",
+        )
+    return Wanted(section.interface, section.accelerator, digest.hexdigest())

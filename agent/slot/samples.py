@@ -8,14 +8,17 @@ from __future__ import annotations
 import colorsys
 import io
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw
 
 from agent.model.golden import GoldenCase
 from agent.model.signature import DType, Signature, Strings, Tensor, TensorSpec
 from agent.model.spec import ImageStage
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 CHANNELS = (1, 3, 4)
 PICTURE_SIDE = 64
@@ -65,6 +68,8 @@ def golden_pairs(
 
 def picture(rng: np.random.Generator, index: int, height: int, width: int) -> Image.Image:
     """A picture that is smooth where photographs are, with strong shapes; `index` turns its colours."""
+    from PIL import Image, ImageDraw  # not before the ports are open
+
     hue = (index * _HUE_STEP + rng.uniform(0, 0.1)) % 1.0
     down, across = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
     angle = rng.uniform(0, 2 * np.pi)

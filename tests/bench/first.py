@@ -39,6 +39,7 @@ def run(folder: Path, pairs: int, noise: Noise) -> list[Result]:
                 try:
                     served.append(first_answer(host.run_dir / "grpc.sock", data, digest))
                     took = time.monotonic() - begun
+                    until_listens(host.run_dir / "admin.sock")
                     host.until_host("slot")
                 finally:
                     daemon.terminate()
@@ -63,14 +64,21 @@ def bare(graph: Path) -> float:
         return time.monotonic() - begun
 
 
-def first_answer(path: Path, data: bytes, digest: str, *, timeout: float = 60) -> str:
-    """Who gave it: a client that tries again and again, from before anybody listens."""
+def until_listens(path: Path, timeout: float = 60) -> None:
+    """Until somebody does."""
     until = time.monotonic() + timeout
     while time.monotonic() < until:
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
             probe.connect(str(path))
-            break
+            return
         time.sleep(0.002)
+    raise AssertionError(f"nobody listens on {path}")
+
+
+def first_answer(path: Path, data: bytes, digest: str, *, timeout: float = 60) -> str:
+    """Who gave it: a client that tries again and again, from before anybody listens."""
+    until = time.monotonic() + timeout
+    until_listens(path, timeout)
     with grpc.insecure_channel(f"unix:{path}", options=CHANNEL_OPTIONS) as channel:
         call = channel.unary_unary(PREDICT)
         while time.monotonic() < until:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from agent.errors import StorageError
+from agent.errors import SlotdError, StorageError
 from agent.journal.boot import BootRecord, ModelRef, read_boot, write_boot
 from agent.slot import books as module
 from agent.slot.books import BOOT, Books
@@ -96,9 +97,12 @@ async def test_the_journal_has_a_copy_of_the_record(books: Any) -> None:
 
 
 def test_a_bitstream_is_the_one_that_was_verified(tmp_path: Path) -> None:
-    """Not the one that lies there now."""
-    (tmp_path / "b.bin").write_bytes(b"changed since")
+    (tmp_path / "b.bin").write_bytes(b"bits")
     section = SimpleNamespace(interface="i", accelerator="a", bitstream="b.bin")
-    spec = SimpleNamespace(slot=section)
-    model: Any = SimpleNamespace(spec=spec, folder=tmp_path, hashes={"b.bin": "verified"})
-    assert wanted_of(model).bitstream_sha256 == "verified"
+    verified = hashlib.blake2b(b"bits", digest_size=32).hexdigest()
+    model: Any = SimpleNamespace(spec=SimpleNamespace(slot=section), folder=tmp_path, hashes={"b.bin": verified})
+    assert wanted_of(model).bitstream_sha256 == hashlib.sha256(b"bits").hexdigest()
+    (tmp_path / "b.bin").write_bytes(b"changed since")
+    with pytest.raises(SlotdError, match=r"b\.bin") as caught:
+        wanted_of(model)
+    assert caught.value.code == "INCOMPATIBLE_BITSTREAM"
