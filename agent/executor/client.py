@@ -6,7 +6,6 @@ import asyncio
 import itertools
 import os
 import signal
-import socket
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -20,7 +19,7 @@ from agent.executor.call import Call, Input, Reply
 from agent.executor.channel import ChannelClosed, ChannelError, Kind, Record
 from agent.executor.launch import Launch, launch_decoder, launch_model
 from agent.executor.process import Exit, Process
-from agent.executor.spawn import Spawned, pair, spawn, take_early
+from agent.executor.spawn import Spawned, discard, start_new, start_worker
 from agent.executor.traffic import Traffic, error_of
 
 __all__ = [
@@ -48,8 +47,8 @@ _generations = itertools.count(1)
 class Worker:
     """One child process. Made by `start`; belongs to the loop that started it."""
 
-    def __init__(self, launch: Launch) -> None:
-        """Spawns it; raises OSError."""
+    def __init__(self, launch: Launch, spawned: Spawned) -> None:
+        """Raises OSError, and the child is discarded."""
         self.generation = next(_generations)
         self.role = launch.role
         self.ready: Mapping[str, Any] = MappingProxyType({})
@@ -61,14 +60,14 @@ class Worker:
         self._fault: str | None = None
         first = 1 if launch.output is None else 2
         maps = {os.fstat(fd).st_ino: number for number, fd in enumerate(launch.maps, first)}
-        self.arena = Arena(launch.arena)
         try:
-            self._socket, spawned = _child(launch)
-            try:
-                self._process = Process(spawned, role=launch.role, idle=launch.idle, on_exit=self._reaped)
-            except BaseException:
-                self._socket.close()
-                raise
+            self.arena = Arena(launch.arena)
+        except BaseException:
+            discard(spawned)
+            raise
+        self._socket = spawned.channel
+        try:
+            self._process = Process(spawned, role=launch.role, idle=launch.idle, on_exit=self._reaped)
         except BaseException:
             self.arena.close()
             raise
@@ -92,7 +91,8 @@ class Worker:
         ExecutorDied with its last words.
         """
         try:
-            worker = cls(launch)
+            ahead = launch.hello.get("kind") == "model"
+            worker = cls(launch, await (start_worker if ahead else start_new)(launch.argv))
         except OSError as error:
             raise ExecutorError(f"the {launch.role} child cannot be started: {error}") from error
         try:
@@ -251,18 +251,3 @@ class Worker:
         if not self._ready.done() and ("bad_alloc" in words or "MemoryError" in words):
             return ExecutorError(f"{who} ran out of memory: {words}", code="OUT_OF_MEMORY")
         return ExecutorDied(f"{who} ended ({exit_})" + (f": {words}" if words else ""))
-
-
-def _child(launch: Launch) -> tuple[socket.socket, Spawned]:
-    """Our end of its channel, and the child: the one that was started ahead, if it will do, or a new one."""
-    early = take_early(launch.argv) if launch.hello.get("kind") == "model" else None
-    if early is not None:
-        return early
-    ours, theirs = pair()
-    try:
-        return ours, spawn(launch.argv, theirs)
-    except BaseException:
-        ours.close()
-        raise
-    finally:
-        theirs.close()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from agent.executor.spawn import Spawned
+from agent.executor.spawn import Spawned, discard
 
 log = structlog.get_logger(__name__)
 
@@ -41,7 +41,7 @@ class Process:
     """A running child whose output goes to the log."""
 
     def __init__(self, spawned: Spawned, *, role: str, idle: bool, on_exit: Callable[[], None]) -> None:
-        """`on_exit` is called once, when the child was reaped and `exit` is set. Raises OSError, and it is killed."""
+        """`on_exit` is called once, when the child was reaped and `exit` is set. Raises OSError, and discards it."""
         self.role = role
         self.exit: Exit | None = None
         self._loop = asyncio.get_running_loop()
@@ -51,14 +51,12 @@ class Process:
         self._allowance = LINES_AT_ONCE
         self._counted = self._loop.time()
         self._dropped = 0
-        self._popen, self._words = spawned
-        self.pid = self._popen.pid
+        self._child, self._words = spawned.child, spawned.words
+        self.pid = self._child.pid
         try:
             self._pidfd = os.pidfd_open(self.pid)  # our own unreaped child: the pid cannot be another's
         except OSError:
-            os.close(self._words)
-            self._popen.kill()
-            self._popen.wait()
+            discard(spawned)
             raise
         self._loop.add_reader(self._pidfd, self._ended)
         self._loop.add_reader(self._words, self._speaks)
@@ -102,7 +100,7 @@ class Process:
                 break
         self._hush()
         ended = info.si_code == os.CLD_EXITED
-        self._popen.returncode = info.si_status if ended else -info.si_status
+        self._child.returncode = info.si_status if ended else -info.si_status
         self.exit = Exit(
             info.si_status if ended else None, None if ended else info.si_status, self._tail.decode("utf-8", "replace")
         )

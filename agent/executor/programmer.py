@@ -13,7 +13,6 @@ import os
 import signal
 import socket
 import stat
-import subprocess
 import sys
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import asdict
@@ -24,6 +23,7 @@ import structlog
 
 from agent.errors import SlotdError, SlotError
 from agent.executor.spawn import environment
+from agent.spawning import PASSED, Child, start
 from drivers.base import SlotState, Wanted
 
 VERBS = ("program", "check", "reset-port", "reset-function")
@@ -59,7 +59,7 @@ async def run_programmer(
     request = {"driver": driver, "options": dict(options), "verb": verb, "wanted": asdict(wanted)}
     fd = None if bitstream is None else await _opened(bitstream, wanted.bitstream_sha256)
     try:
-        child = _Child.start(argv, {**request, "bitstream": fd}, fd)
+        child = await _Child.start(argv, {**request, "bitstream": None if fd is None else PASSED}, fd)
     finally:
         if fd is not None:
             os.close(fd)
@@ -84,7 +84,7 @@ async def run_programmer(
 class _Child:
     """One programmer process, from its start until it is reaped."""
 
-    def __init__(self, process: subprocess.Popen[bytes], channel: socket.socket) -> None:
+    def __init__(self, process: Child, channel: socket.socket) -> None:
         self._process, self._channel = process, channel
         self._loop = asyncio.get_running_loop()
         self._pidfd = os.pidfd_open(process.pid)
@@ -92,32 +92,27 @@ class _Child:
         self._loop.add_reader(self._pidfd, self._reap)
 
     @classmethod
-    def start(cls, argv: Sequence[str], request: Mapping[str, Any], fd: int | None) -> _Child:
+    async def start(cls, argv: Sequence[str], request: Mapping[str, Any], fd: int | None) -> _Child:
         """Raises SlotError if no process can be made."""
         message = json.dumps(request, default=str).encode()
         if len(message) > MAX_MESSAGE:
             raise SlotError(f"slot.options are larger than {MAX_MESSAGE} bytes", code="PROGRAM_FAILED")
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        process: subprocess.Popen[bytes] | None = None
+        process: Child | None = None
         try:
             with theirs:
                 ours.setblocking(False)
                 ours.send(message)
-                process = subprocess.Popen(
-                    list(argv),
-                    stdin=theirs.fileno(),
-                    stdout=subprocess.DEVNULL,
-                    pass_fds=() if fd is None else (fd,),
-                    cwd="/",
-                    env=environment(),
-                    start_new_session=True,  # a Ctrl-C meant for slotd must not cut a programming off
-                )
+                # In a session of its own: a Ctrl-C meant for slotd must not cut a programming off.
+                process = await start(argv, env=environment(), stdin=theirs.fileno(), passed=fd)
             return cls(process, ours)
-        except OSError as error:
+        except BaseException as error:
             ours.close()
             if process is not None:
                 process.kill()
                 process.wait()
+            if not isinstance(error, OSError):
+                raise
             raise SlotError(f"the programmer cannot be started: {error}", code="PROGRAM_FAILED") from None
 
     def answer(self, verb: str) -> SlotState:
@@ -127,7 +122,7 @@ class _Child:
         except OSError:
             data = b""
         if not data:
-            code = self._process.returncode
+            code = self._process.returncode or 0
             end = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
             raise SlotError(f"the programmer {end} during {verb} without saying why", code="PROGRAM_FAILED")
         document = json.loads(data)

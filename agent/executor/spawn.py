@@ -9,10 +9,11 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import subprocess
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
+
+from agent.spawning import Child, spawn, start
 
 WORKER = (sys.executable, "-I", "-m", "agent.executor.worker")
 EAGER = "eager"
@@ -23,20 +24,14 @@ _OWN = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": 
 
 
 class Spawned(NamedTuple):
-    """A child that runs, and a descriptor from which to read what it says; reading never blocks."""
+    """A child that runs, our end of its channel, and a descriptor from which to read what it says; neither blocks."""
 
-    popen: subprocess.Popen[bytes]
+    child: Child
+    channel: socket.socket
     words: int
 
 
-class Early(NamedTuple):
-    """A child without a task yet; `socket` is our end of its channel."""
-
-    socket: socket.socket
-    spawned: Spawned
-
-
-_early: Early | None = None
+_early: Spawned | None = None
 
 
 def environment() -> dict[str, str]:
@@ -51,30 +46,6 @@ def pair() -> tuple[socket.socket, socket.socket]:
     return ours, theirs
 
 
-def spawn(argv: Sequence[str], channel: socket.socket) -> Spawned:
-    """A child whose standard input is `channel`. Raises OSError."""
-    words, theirs = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-    try:
-        os.set_blocking(theirs, True)
-        popen = subprocess.Popen(
-            tuple(argv),
-            stdin=channel.fileno(),
-            stdout=theirs,
-            stderr=theirs,
-            close_fds=True,
-            start_new_session=True,  # a Ctrl-C is for the agent, which ends its children in order
-            cwd="/",
-            env=environment(),
-        )
-    except BaseException:
-        os.close(words)
-        raise
-    finally:
-        os.close(theirs)
-    step_back(popen.pid)
-    return Spawned(popen, words)
-
-
 def step_back(child: int) -> None:
     """A child is at nice 0 though the agent may be below: what computes for long goes behind what hands out answers."""
     with contextlib.suppress(ProcessLookupError, PermissionError):  # it has just ended; it has another user by now
@@ -82,27 +53,65 @@ def step_back(child: int) -> None:
             os.setpriority(os.PRIO_PROCESS, child, 0)
 
 
+async def start_worker(argv: Sequence[str]) -> Spawned:
+    """A child whose standard input is a channel: the one that was started ahead, if `argv` is what it runs, or a new
+    one. Raises OSError."""
+    return take_early(argv) or await start_new(argv)
+
+
+async def start_new(argv: Sequence[str]) -> Spawned:
+    """A new one. Raises OSError."""
+    with _Ends() as ends:
+        child = await start(argv, env=environment(), **ends.childs)
+        return ends.keep(child)
+
+
 def start_early() -> None:
     """Start one executor ahead of its task. If that fails, the one that is started later will say why."""
     global _early
-    ours, theirs = pair()
-    try:
-        _early = Early(ours, spawn((*WORKER, EAGER), theirs))
-    except OSError:
-        ours.close()
-    finally:
-        theirs.close()
+    with contextlib.suppress(OSError), _Ends() as ends:
+        _early = ends.keep(spawn((*WORKER, EAGER), env=environment(), **ends.childs))
 
 
-def take_early(argv: Sequence[str]) -> Early | None:
+class _Ends:
+    """Both ends of a channel and of a pipe; the child's are closed at the end of `with`, ours unless they are kept."""
+
+    def __init__(self) -> None:
+        self._ours, self._theirs = pair()
+        self._words, self._said = os.pipe2(os.O_CLOEXEC)
+        os.set_blocking(self._words, False)
+        self._kept = False
+
+    @property
+    def childs(self) -> dict[str, int]:
+        """What `spawn` takes."""
+        return {"stdin": self._theirs.fileno(), "stdout": self._said, "stderr": self._said}
+
+    def keep(self, child: Child) -> Spawned:
+        step_back(child.pid)
+        self._kept = True
+        return Spawned(child, self._ours, self._words)
+
+    def __enter__(self) -> _Ends:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._theirs.close()
+        os.close(self._said)
+        if not self._kept:
+            self._ours.close()
+            os.close(self._words)
+
+
+def take_early(argv: Sequence[str]) -> Spawned | None:
     """The one that was started ahead, if `argv` is what it runs and it is still there; it is the caller's then."""
     global _early
     if _early is None or tuple(argv) != WORKER:
         return None
     early, _early = _early, None
-    if early.spawned.popen.poll() is None:
+    if early.child.poll() is None:
         return early
-    _end(early)
+    discard(early)
     return None
 
 
@@ -111,11 +120,12 @@ def drop_early() -> None:
     global _early
     early, _early = _early, None
     if early is not None:
-        _end(early)
+        discard(early)
 
 
-def _end(early: Early) -> None:
-    early.socket.close()
-    os.close(early.spawned.words)
-    early.spawned.popen.kill()
-    early.spawned.popen.wait()
+def discard(spawned: Spawned) -> None:
+    """It ends, and is forgotten. Blocks for a moment."""
+    spawned.channel.close()
+    os.close(spawned.words)
+    spawned.child.kill()
+    spawned.child.wait()

@@ -6,18 +6,18 @@ import asyncio
 import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import structlog
 
 from agent.config import ImagesConfig
 from agent.errors import PullerDied, revive
 from agent.images.layout import Store
+from agent.spawning import Child, start
 
 LINE = 256 << 10
 REAP = 10.0
@@ -69,7 +69,7 @@ async def _run(
         "state_dir": str(store.state_dir) if store else "",
         "images": config.model_dump(mode="json"),
     }
-    child = _Child()
+    child = await _Child.start()
     _log.debug("puller started", verb=verb, image=reference, pid=child.pid)
     try:
         return await _follow(child, json.dumps(job).encode() + b"\n", progress)
@@ -80,62 +80,68 @@ async def _run(
 class _Child:
     """The process; `exited` has its exit status once it was reaped."""
 
-    def __init__(self) -> None:
-        # Not by the loop: uvloop forks, which copies the page tables of all that the agent holds. Raises OSError.
-        self._popen = subprocess.Popen(
-            (sys.executable, "-I", "-m", "agent.images.puller"),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            bufsize=0,
-            env={name: value for name, value in os.environ.items() if name.upper() in _ENVIRONMENT},
-            start_new_session=True,
-        )
-        self.pid = self._popen.pid
+    def __init__(self, child: Child, ears: BinaryIO, mouth: BinaryIO) -> None:
+        """`ears` and `mouth`: where it reads what it is told, and where we read what it says. Raises OSError."""
+        self._child, self._ears, self._mouth = child, ears, mouth
+        self.pid = child.pid
         self._loop = asyncio.get_running_loop()
         self.exited: asyncio.Future[int] = self._loop.create_future()
         self._transport: asyncio.ReadTransport | None = None
-        try:
-            self._pidfd = os.pidfd_open(self.pid)
-        except OSError:
-            self._popen.kill()
-            self._popen.wait()
-            raise
+        self._pidfd = os.pidfd_open(self.pid)
         self._loop.add_reader(self._pidfd, self._reap)
+
+    @classmethod
+    async def start(cls) -> _Child:
+        """Raises OSError."""
+        argv = (sys.executable, "-I", "-m", "agent.images.puller")
+        environment = {name: value for name, value in os.environ.items() if name.upper() in _ENVIRONMENT}
+        with ExitStack() as ours, ExitStack() as theirs:
+            told, ears = _pipe(theirs, ours)
+            mouth, says = _pipe(ours, theirs)
+            child = await start(argv, env=environment, stdin=told.fileno(), stdout=says.fileno())
+            try:
+                made = cls(child, ears, mouth)
+            except OSError:
+                child.kill()
+                child.wait()
+                raise
+            ours.pop_all()
+            return made
 
     async def tell(self, job: bytes) -> None:
         """What it is to do."""
-        assert self._popen.stdin is not None
         with suppress(BrokenPipeError):  # it died at once; the end of its output says so
-            await asyncio.to_thread(self._popen.stdin.write, job)
+            await asyncio.to_thread(self._ears.write, job)
 
     async def answers(self) -> asyncio.StreamReader:
         """What it says, from now on."""
-        assert self._popen.stdout is not None
         reader = asyncio.StreamReader(limit=LINE)
         protocol = asyncio.StreamReaderProtocol(reader)
-        ours = os.fdopen(os.dup(self._popen.stdout.fileno()), "rb", 0)  # the transport closes it
-        self._popen.stdout.close()
-        self._transport, _ = await self._loop.connect_read_pipe(lambda: protocol, ours)
+        # The transport closes it.
+        self._transport, _ = await self._loop.connect_read_pipe(lambda: protocol, self._mouth)
         return reader
 
     def kill(self) -> None:
         if not self.exited.done():
-            self._popen.kill()
+            self._child.kill()
 
     def close(self) -> None:
         """Nothing more is said or heard."""
-        if self._transport is not None:
-            self._transport.close()
-        for pipe in (self._popen.stdin, self._popen.stdout):
-            assert pipe is not None
-            pipe.close()
+        (self._transport or self._mouth).close()
+        self._ears.close()
 
     def _reap(self) -> None:
-        status = self._popen.poll()
+        status = self._child.poll()
         if status is not None:
             self._loop.remove_reader(self._pidfd)
             os.close(self._pidfd)
             self.exited.set_result(status)
+
+
+def _pipe(reader: ExitStack, writer: ExitStack) -> tuple[BinaryIO, BinaryIO]:
+    """Both ends of a pipe, each closed by its own."""
+    read, write = os.pipe2(os.O_CLOEXEC)
+    return reader.enter_context(os.fdopen(read, "rb", 0)), writer.enter_context(os.fdopen(write, "wb", 0))
 
 
 async def _follow(child: _Child, job: bytes, progress: Progress | None) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +24,7 @@ from agent.serving import handover
 from agent.serving.forms import Form, Part
 from agent.serving.h2.messages import in_turn
 from agent.serving.tensorproto import Parsed, TooLarge
+from agent.spawning import PASSED, Child, spawn
 
 log = structlog.get_logger(__name__)
 
@@ -122,7 +122,7 @@ class _Child:
     def __init__(self, most: int) -> None:
         self._most = most
         self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Child | None = None
         self._socket: socket.socket | None = None
         self._stopped = False
 
@@ -138,17 +138,10 @@ class _Child:
             if self._stopped:
                 ours.close()
                 raise Unavailable("slotd is stopping")
-            argv = (sys.executable, "-I", "-m", "agent.serving.parse_child", str(theirs.fileno()), str(self._most))
+            argv = (sys.executable, "-I", "-m", "agent.serving.parse_child", str(PASSED), str(self._most))
             environment = {"PATH": os.defpath, "OPENBLAS_NUM_THREADS": "1", "LANG": "C.UTF-8"}
             try:
-                self._process = subprocess.Popen(
-                    argv,
-                    pass_fds=(theirs.fileno(),),
-                    stdin=subprocess.DEVNULL,
-                    env=environment,
-                    cwd="/",
-                    start_new_session=True,  # a Ctrl-C is the agent's to handle
-                )
+                self._process = spawn(argv, env=environment, stdout=2, passed=theirs.fileno())
             except OSError:
                 ours.close()
                 raise

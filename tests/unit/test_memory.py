@@ -37,11 +37,11 @@ print(re.search(r"VmLck:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may go before others")
 def test_children_go_behind_the_agent() -> None:
     program = """
-import os, socket
-from agent.executor.spawn import pair, spawn
+import asyncio, os
+from agent.executor.spawn import start_new
 os.setpriority(os.PRIO_PROCESS, 0, -10)
-child = spawn(("sleep", "60"), pair()[1])
-print(os.getpriority(os.PRIO_PROCESS, 0), os.getpriority(os.PRIO_PROCESS, child.popen.pid))
-child.popen.kill()
+child = asyncio.run(start_new(("/bin/sleep", "60"))).child
+print(os.getpriority(os.PRIO_PROCESS, 0), os.getpriority(os.PRIO_PROCESS, child.pid))
+child.kill()
 """
     assert run(program) == ["-10", "0"]

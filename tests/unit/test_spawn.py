@@ -27,7 +27,7 @@ def nothing_left() -> Iterator[None]:
 def early_pid() -> int:
     spawn.start_early()
     assert spawn._early is not None
-    return spawn._early.spawned.popen.pid
+    return spawn._early.child.pid
 
 
 def bridge(folder: Path) -> Launch:
