@@ -151,8 +151,14 @@ class GrpcConfig(Section):
     """Concurrent calls on one connection."""
 
 
+class HttpConfig(Section):
+    listen: Restart[str | None] = "127.0.0.1:8080"
+    """TCP address, host:port; null for none. While it is another's, slotd serves without HTTP and says so."""
+
+
 class ServingConfig(Section):
     grpc: GrpcConfig = GrpcConfig()
+    http: HttpConfig = HttpConfig()
     keys: Restart[Path | None] = None
     """A file with the keys of which clients over TCP must send one (slotd keys); null: they need none."""
     max_deadline: Live[Seconds] = 60.0

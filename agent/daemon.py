@@ -274,6 +274,7 @@ class Daemon:
         await asyncio.to_thread(drop_early)  # there was nothing to load
         from agent.commands.admin import AdminServer
         from agent.commands.builtin import build_table
+        from agent.health.metrics import exposition
         from agent.host import SlotHost
         from agent.link.keeper import LinkKeeper
         from agent.link.mqtt import Link
@@ -284,7 +285,8 @@ class Daemon:
         )
         table = build_table(host)
         admin = AdminServer(config.run_dir / "admin.sock", table, host)
-        host.listen = listen
+        http = await server.open_http(lambda: exposition(host.status(), dataplane.times, server.statuses))
+        host.listen = [*listen[:-1], *([http] if http else []), listen[-1]]
         stack.push_async_callback(self._note_stop, journal)
         await admin.start()
         stack.push_async_callback(admin.close)
@@ -406,9 +408,11 @@ def _bring_the_rest() -> None:
     """Imports what clients can be answered without."""
     import agent.commands.admin
     import agent.commands.builtin
+    import agent.health.metrics
     import agent.host
     import agent.link.mqtt
-    import agent.reload.reloader  # noqa: F401
+    import agent.reload.reloader
+    import agent.serving.http.server  # noqa: F401
 
     keep_code()
 

@@ -143,6 +143,12 @@ class Overloaded(SlotdError):
     code, grpc, http, exit = "RESOURCE_EXHAUSTED", "RESOURCE_EXHAUSTED", 429, 75
 
 
+class Oversize(Overloaded):
+    """More bytes than one request may have, whatever else there is to do."""
+
+    code, http = "TOO_LARGE", 413
+
+
 class DeadlineExceeded(SlotdError):
     """The time for it is over; it was not run late."""
 

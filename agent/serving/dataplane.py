@@ -30,6 +30,7 @@ from agent.executor.client import Call, Reply
 from agent.executor.seat import Prepared, Seat
 from agent.model.signature import Tensor
 from agent.serving.binding import OUR_FIELDS, ModelFields, bind_inputs, bind_outputs, check_model
+from agent.serving.histogram import Histogram
 from agent.slot.admission import Admission, Latencies, Place, Ticket
 from agent.slot.arbiter import Answerer, Arbiter, HostState, On, Refuse, Wait
 
@@ -147,6 +148,7 @@ class Dataplane:
     seats: dict[int, Seat] = field(default_factory=dict)
     counters: Counters = field(default_factory=Counters)
     latencies: Latencies = field(default_factory=lambda: Latencies(2048))
+    times: Histogram = field(default_factory=Histogram)
     _waiters: dict[Ticket, asyncio.Future[Place]] = field(default_factory=dict)
     _listeners: list[Callable[[], None]] = field(default_factory=list)
     _troubles: list[Callable[[Trouble], None]] = field(default_factory=list)
@@ -251,7 +253,9 @@ class Dataplane:
             self.counters.by_slot += 1
         else:
             self.counters.by_bridge += 1
-        self.latencies.add(self.clock() - started)
+        took = self.clock() - started
+        self.latencies.add(took)
+        self.times.add(took)
         return answer
 
     # --- the way of one request ---------------------------------------------------------------------------------------

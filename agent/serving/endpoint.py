@@ -20,9 +20,8 @@ _LONGEST_PATH = 107
 _LISTENING = "0A"
 
 
-def loopback(listen: str) -> tuple[str, int]:
+def loopback(listen: str, where: str = "serving.grpc.listen") -> tuple[str, int]:
     """host:port as an address and a port; blocks on the resolver. Raises InvalidConfig unless it is loopback."""
-    where = "serving.grpc.listen"
     match = re.fullmatch(r"(?:\[([0-9a-fA-F:.%]+)\]|([^:\[\]]*)):(\d{1,5})", listen)
     if not match or int(match[3]) > 65535:
         raise InvalidConfig(f"{listen!r} is not host:port", field=where, hint="write 127.0.0.1:50051 or [::1]:50051")
@@ -42,12 +41,12 @@ def loopback(listen: str) -> tuple[str, int]:
     return addresses[0], port
 
 
-def taken(host: str, port: int) -> Conflict:
+def taken(host: str, port: int, where: str = "serving.grpc.listen") -> Conflict:
     """The error for a TCP port that is in use; names the process if /proc tells. Blocks."""
     pid = _pid_of_port(port)
     return Conflict(
         f"{host}:{port} is in use" + (f" by process {pid} ({_name(pid)})" if pid else ""),
-        field="serving.grpc.listen",
+        field=where,
         hint="stop that process, or choose another port",
     )
 

@@ -6,7 +6,7 @@ No model knowledge: tensor names go to the dataplane as they came, and its answe
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from agent.errors import DeadlineExceeded, InvalidInput, Unavailable
@@ -15,7 +15,7 @@ from agent.model.signature import Strings, Tensor
 from agent.serving.binding import ModelFields, check_model
 from agent.serving.dataplane import Answer, Dataplane, Request
 from agent.serving.forms import Form
-from agent.serving.h2.call import Call, Metadata, Reply
+from agent.serving.h2.call import Call, Reply
 from agent.serving.h2.messages import Room
 from agent.serving.parse import LARGE, Parser
 from agent.serving.tensorproto import Parsed
@@ -101,13 +101,14 @@ def _request(parsed: Parsed, size: int, call: Call, wire: Wire) -> Request:
         version=parsed.version,
         outputs=parsed.outputs,
         timeout=timeout,
-        priority=_priority(call.metadata),
+        priority=priority_of(call.metadata),
         size=size,
         fields=wire.fields,
     )
 
 
-def _priority(metadata: Metadata) -> int:
+def priority_of(metadata: Iterable[tuple[str, str]]) -> int:
+    """What the client says of its request; 0 if nothing. Raises InvalidInput."""
     for key, value in metadata:
         if key == "slotd-priority":
             if len(value) == 1 and value in "0123456789":

@@ -6,21 +6,24 @@ bytes (a list of numbers becomes Python's, a name is looked at). What is in neit
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from agent.serving.canonical import read_canonical
 from agent.serving.infer import read_infer, read_plain_infer
+from agent.serving.jsonrequests import read_infer_json, read_plain_infer_json, read_predict_json
 from agent.serving.tensorproto import Parsed, read_request
+
+T = TypeVar("T")
 
 
 class _Read(Protocol):
-    def __call__(self, data: bytes | memoryview, *, most: int) -> Parsed: ...
+    def __call__(self, data: bytes | memoryview, *, most: int, context: bytes = ...) -> Parsed: ...
 
 
 class _ReadPlain(Protocol):
-    def __call__(self, data: bytes | memoryview, *, most: int) -> Parsed | None: ...
+    def __call__(self, data: bytes | memoryview, *, most: int, context: bytes = ...) -> Parsed | None: ...
 
 
 @dataclass(frozen=True)
@@ -40,16 +43,28 @@ class Form:
     """By which the child that parses knows it."""
     read: _Read
     plain: _ReadPlain
-    parts: Part
+    parts: Part | None
+    """None: only the smallest are parsed at once."""
+
+
+def _alone(read: Callable[..., T]) -> Callable[..., T]:
+    """For a message that needs no context."""
+    return lambda data, *, most, context=b"": read(data, most=most)
 
 
 _TENSOR = Part({}, {2: 4, 7: 1, 10: 1, 11: 1, 13: 1, 16: 1, 17: 1})
-PREDICT = Form(0, read_request, read_canonical, Part({2: Part({2: _TENSOR}, {})}, {1: 4}))
+PREDICT = Form(0, _alone(read_request), _alone(read_canonical), Part({2: Part({2: _TENSOR}, {})}, {1: 4}))
 """tensorflow.serving.PredictRequest."""
 
 _CONTENTS = Part({}, dict.fromkeys(range(1, 6), 1))
 _INPUT = Part({5: _CONTENTS}, {3: 4, 4: 4})
-INFER = Form(1, read_infer, read_plain_infer, Part({5: _INPUT}, {4: 4, 6: 4}))
+INFER = Form(1, _alone(read_infer), _alone(read_plain_infer), Part({5: _INPUT}, {4: 4, 6: 4}))
 """inference.ModelInferRequest."""
 
-FORMS = (PREDICT, INFER)
+PREDICT_JSON = Form(2, read_predict_json, lambda data, *, most, context=b"": None, None)
+"""A body of TensorFlow Serving's REST; its context is `predict_context`."""
+
+INFER_JSON = Form(3, read_infer_json, read_plain_infer_json, None)
+"""A body of KServe's REST; its context is `infer_context`."""
+
+FORMS = (PREDICT, INFER, PREDICT_JSON, INFER_JSON)

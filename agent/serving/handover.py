@@ -20,9 +20,11 @@ from agent.errors import SlotdError, revive
 from agent.model.signature import DType, Strings, Tensor, dtype_of
 from agent.serving.tensorproto import Parsed
 
+TASK = struct.Struct("<QQQ")
+"""What goes to the child beside the descriptor: the number of the request's form, its length, and that of its context,
+which lies behind it."""
 RECORD = struct.Struct("<QQ")
-"""What goes over the socket beside the descriptor. To the child: the number of the request's form, and its length;
-back: offset and length of the document at the end."""
+"""What comes back: offset and length of the document at the end."""
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 _ALIGN = 64
@@ -55,6 +57,8 @@ def write(outcome: Parsed | SlotdError) -> tuple[int, bytes]:
                 "signature": outcome.signature,
                 "outputs": outcome.outputs,
                 "id": outcome.id,
+                "rows": outcome.rows,
+                "binary": outcome.binary,
             }
         written = json.dumps(document).encode()
         write_all(memory, written, end)

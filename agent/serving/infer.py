@@ -53,7 +53,7 @@ _DATATYPES: tuple[tuple[DType, str, str], ...] = (
     (DType.STRING, "BYTES", "bytes_contents"),
 )
 DATATYPES = {dtype: name for dtype, name, _ in _DATATYPES}
-_BY_NAME = {name: (dtype, field) for dtype, name, field in _DATATYPES}
+BY_NAME = {name: (dtype, field) for dtype, name, field in _DATATYPES}
 _SHARED = "shared_memory_region"
 _LENGTH = struct.Struct("<I")
 _VERSION_DIGITS = 18
@@ -165,48 +165,67 @@ def _no_shared_memory(proto: Any) -> None:
 def _tensor(proto: Any, raw: bytes | None, *, most: int, strings: int) -> Tensor:
     where = short(proto.name)
     _no_shared_memory(proto)
-    known = _BY_NAME.get(proto.datatype)
+    known = BY_NAME.get(proto.datatype)
     if known is None:
         raise InvalidInput(
             f"has datatype {short(proto.datatype)!r}, which slotd does not carry",
             field=where,
-            hint=f"one of {', '.join(_BY_NAME)}",
+            hint=f"one of {', '.join(BY_NAME)}",
         )
     dtype, field = known
-    if len(proto.shape) > MAX_RANK:
-        raise InvalidInput(f"has {len(proto.shape)} dimensions; at most {MAX_RANK} are taken", field=where)
-    shape = tuple(proto.shape)
-    if any(size < 0 for size in shape):
-        raise InvalidInput(f"has shape {list(shape)}", field=where, hint="a request states every size")
-    count = math.prod(shape)
+    shape, count = tuple(proto.shape), math.prod(proto.shape)
     filled = [entry.name for entry, _ in proto.contents.ListFields()]
     if raw is not None and filled:
         raise InvalidInput(f"comes raw and in {filled[0]}", field=where, hint="send it once")
-    if dtype is DType.STRING:
-        if count > strings:
-            raise InvalidInput(f"has {count} elements; a request may have {MAX_STRINGS} strings", field=where)
-        if math.prod(max(1, size) for size in shape) >= MAX_ELEMENTS:
-            raise InvalidInput(f"has shape {list(shape)}, more elements than there can be", field=where)
-        items = list(proto.contents.bytes_contents) if raw is None else _raw_strings(raw, count, where)
-        _counted(proto, filled, field, len(items), count)
-        tensor = Strings(shape, items)
-        if tensor.nbytes > most:
-            raise TooLarge(f"BYTES {list(shape)} is larger than {most} bytes", field=where)
-        return tensor
-    size = math.prod(max(1, length) for length in shape) * dtype.numpy.itemsize
-    if size > most:
-        raise TooLarge(f"{proto.datatype} {list(shape)} is larger than {most} bytes", field=where)
     if raw is not None:
-        if len(raw) != (size if count else 0):
-            raise InvalidInput(
-                f"has {len(raw)} raw bytes; {proto.datatype} {list(shape)} has {size if count else 0}", field=where
-            )
-        return checked(np.frombuffer(raw, stored(dtype)), dtype, where).reshape(shape)
+        return raw_tensor(raw, dtype, shape, where, most=most, strings=strings)
+    check_size(dtype, shape, where, most=most, strings=strings)
+    if dtype is DType.STRING:
+        items = list(proto.contents.bytes_contents)
+        _counted(proto, filled, field, len(items), count)
+        return _bounded_strings(Strings(shape, items), where, most)
     if not field:
         raise InvalidInput(f"{proto.datatype} comes in raw_input_contents only", field=where)
     values = getattr(proto.contents, field)
     _counted(proto, filled, field, len(values), count)
     return checked(np.array(values), dtype, where).reshape(shape)
+
+
+def raw_tensor(
+    raw: bytes | memoryview, dtype: DType, shape: tuple[int, ...], where: str, *, most: int, strings: int
+) -> Tensor:
+    """A tensor of at most `most` bytes, or `strings` elements, from its bytes as they lie in memory; BYTES as a length
+    before each. Raises InvalidInput, TooLarge."""
+    size = check_size(dtype, shape, where, most=most, strings=strings)
+    if dtype is DType.STRING:
+        return _bounded_strings(Strings(shape, raw_strings(raw, math.prod(shape), where)), where, most)
+    if len(raw) != size:
+        raise InvalidInput(f"has {len(raw)} raw bytes; {DATATYPES[dtype]} {list(shape)} has {size}", field=where)
+    return checked(np.frombuffer(raw, stored(dtype)), dtype, where).reshape(shape)
+
+
+def check_size(dtype: DType, shape: tuple[int, ...], where: str, *, most: int, strings: int) -> int:
+    """The bytes of such a tensor, if its elements have a size. Raises InvalidInput, TooLarge."""
+    if len(shape) > MAX_RANK:
+        raise InvalidInput(f"has {len(shape)} dimensions; at most {MAX_RANK} are taken", field=where)
+    if any(size < 0 for size in shape):
+        raise InvalidInput(f"has shape {list(shape)}", field=where, hint="a request states every size")
+    count, most_elements = math.prod(shape), math.prod(max(1, size) for size in shape)
+    if dtype is DType.STRING:
+        if count > strings:
+            raise InvalidInput(f"has {count} elements; a request may have {MAX_STRINGS} strings", field=where)
+        if most_elements >= MAX_ELEMENTS:
+            raise InvalidInput(f"has shape {list(shape)}, more elements than there can be", field=where)
+        return 0
+    if most_elements * dtype.numpy.itemsize > most:
+        raise TooLarge(f"{DATATYPES[dtype]} {list(shape)} is larger than {most} bytes", field=where)
+    return count * dtype.numpy.itemsize
+
+
+def _bounded_strings(tensor: Strings, where: str, most: int) -> Strings:
+    if tensor.nbytes > most:
+        raise TooLarge(f"BYTES {list(tensor.shape)} is larger than {most} bytes", field=where)
+    return tensor
 
 
 def _counted(proto: Any, filled: list[str], field: str, found: int, count: int) -> None:
@@ -216,7 +235,7 @@ def _counted(proto: Any, filled: list[str], field: str, found: int, count: int) 
         raise InvalidInput(f"{text} (it has {', '.join(others)})" if others else text, field=short(proto.name))
 
 
-def _raw_strings(raw: bytes | memoryview, count: int, where: str) -> list[bytes]:
+def raw_strings(raw: bytes | memoryview, count: int, where: str) -> list[bytes]:
     items: list[bytes] = []
     at, end = 0, len(raw)
     while at < end and len(items) < count:
@@ -302,7 +321,7 @@ def _head(data: bytes | memoryview, at: int, end: int) -> tuple[str, DType, tupl
         else:
             raise ValueError("another field")
         before = tag
-    dtype = _BY_NAME[datatype][0] if datatype in _BY_NAME else None
+    dtype = BY_NAME[datatype][0] if datatype in BY_NAME else None
     if dtype is None or dtype is DType.BOOL:  # a bool's bytes must be looked at
         raise ValueError("another datatype")
     return name, dtype, tuple(shape)
@@ -325,7 +344,7 @@ def _raw(data: bytes | memoryview, start: int, stop: int, dtype: DType, shape: t
         if count > MAX_ITEMS or stop - start > MAX_COPIED:
             raise ValueError("too many to be copied here")
         try:
-            return Strings(shape, _raw_strings(data[start:stop], count, ""))
+            return Strings(shape, raw_strings(data[start:stop], count, ""))
         except InvalidInput:
             raise ValueError("no strings") from None
     if stop - start != count * dtype.numpy.itemsize or not count:

@@ -12,13 +12,13 @@ import hmac
 import os
 import re
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 
 import structlog
 
 from agent.errors import InvalidConfig, Unauthenticated
 from agent.health.issues import Issues
-from agent.serving.h2.call import Metadata
 
 log = structlog.get_logger(__name__)
 
@@ -106,7 +106,7 @@ class Keys:
         if await asyncio.to_thread(_mark, self._path) != self._seen:
             await self.load()
 
-    def check(self, path: str, metadata: Metadata) -> None:
+    def check(self, path: str, metadata: Iterable[tuple[str, str]]) -> None:
         """Raises Unauthenticated unless the call has a good key, as `Bearer KEY` or, as older clients do, bare."""
         if path.startswith(_OPEN):
             return
@@ -115,7 +115,7 @@ class Keys:
             raise Unauthenticated(
                 "the request has more than one key" if sent else "the request has no key",
                 field="authorization",
-                hint="send the metadata `authorization: Bearer KEY`",
+                hint="send `authorization: Bearer KEY` as a header, or as gRPC's metadata",
             )
         scheme, _, key = sent[0].strip().rpartition(" ")
         digest = hashlib.sha256(key.encode()).digest()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -20,6 +21,9 @@ from agent.serving.h2.connection import Connection, Shared
 from agent.serving.h2.messages import Room
 from agent.serving.keys import Keys
 from agent.serving.parse import Parser
+
+if TYPE_CHECKING:
+    from agent.serving.http.server import HttpServer
 
 log = structlog.get_logger(__name__)
 
@@ -47,6 +51,10 @@ class GrpcServer:
         self._servers: list[asyncio.Server] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._health: health.Health | None = None
+        self._http: HttpServer | None = None
+        self._issues = issues
+        self.statuses: Mapping[int, int] = {}
+        """HTTP's answers by their status."""
         self._socket: endpoint.UnixSocket | None = None
         self._mark: tuple[int, int] | None = None
 
@@ -78,8 +86,13 @@ class GrpcServer:
             self._health.close()
         for server in self._servers:
             server.close()
+        grace = self._config.grace if grace is None else grace
+        closing = []
         if self._shared is not None:
-            await self._close(self._shared, self._config.grace if grace is None else grace)
+            closing.append(self._close(self._shared, grace))
+        if self._http is not None:
+            closing.append(self._http.close(grace, CLOSING))
+        await asyncio.gather(*closing)
         for task in self._tasks:
             task.cancel()
         if self._tasks:
@@ -88,16 +101,43 @@ class GrpcServer:
             await asyncio.to_thread(self._socket.withdraw, self._mark)
         await self._parser.close()
 
+    async def open_http(self, metrics: Callable[[], str]) -> str | None:
+        """After `start`: HTTP too; its address, None if it does not listen (yet). `metrics` gives the text of /metrics.
+
+        Raises nothing: what is wrong with its address is an issue.
+        """
+        config, shared = self._config, self._shared
+        if config.http.listen is None or shared is None or self._health is None:
+            return None
+        from agent.serving.http.connection import Shared as HttpShared
+        from agent.serving.http.exchange import Exchange as HttpExchange
+        from agent.serving.http.routes import OPEN, Routes
+        from agent.serving.http.server import Counted, HttpServer
+
+        most = config.grpc.max_message
+        exchange = HttpExchange(self._dataplane, self._parser, most=most, room=shared.room)
+        answer = Counted(Routes(exchange, self._health.good, metrics).answer)
+        self.statuses = answer.statuses
+
+        def guard(path: str, headers: Iterable[tuple[str, str]]) -> None:
+            if self._keys is not None and path not in OPEN:
+                self._keys.check(path, headers)
+
+        self._http = HttpServer(config.http.listen, HttpShared(answer, shared.room, most, guard), self._issues)
+        await self._http.open()
+        self._tasks.append(asyncio.create_task(self._http.run(), name="http-connections"))
+        return self._http.address
+
     async def _close(self, shared: Shared, grace: float) -> None:
         for connection in tuple(shared.connections):
             connection.drain()
-        await _until(lambda: not shared.connections, grace)
+        await until(lambda: not shared.connections, grace)
         for connection in tuple(shared.connections):
             connection.cut_short(Unavailable("slotd is stopping", hint="try again in a moment"))
-        await _until(lambda: not shared.connections, CLOSING)
+        await until(lambda: not shared.connections, CLOSING)
         for connection in tuple(shared.connections):
             connection.abort()
-        await _until(lambda: not shared.connections, CLOSING)
+        await until(lambda: not shared.connections, CLOSING)
 
     async def _start(self) -> list[str]:
         config = self._config.grpc
@@ -128,7 +168,7 @@ class GrpcServer:
         if tcp is not None:
             addresses.append(await self._bind_tcp(*tcp))
         self._socket = await asyncio.to_thread(endpoint.UnixSocket.prepare, self._socket_path)
-        await self._serve(await asyncio.to_thread(_bound, socket.AF_UNIX, str(self._socket.draft)))
+        await self._serve(await asyncio.to_thread(bound, socket.AF_UNIX, str(self._socket.draft)))
         self._mark = await asyncio.to_thread(self._socket.publish)
         addresses.append(f"unix:{self._socket_path}")
         log.info("listening", addresses=addresses)
@@ -148,7 +188,7 @@ class GrpcServer:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         literal = f"[{host}]" if ":" in host else host
         try:
-            listener = _bound(family, (host, port))
+            listener = bound(family, (host, port))
         except OSError:
             raise await asyncio.to_thread(endpoint.taken, literal, port) from None
         await self._serve(listener)
@@ -174,8 +214,11 @@ class GrpcServer:
         self._servers.append(await make(lambda: Connection(shared, admitted, gone), sock=listener, backlog=BACKLOG))
 
 
-def _bound(family: socket.AddressFamily, address: str | tuple[str, int]) -> socket.socket:
-    """Without SO_REUSEPORT, with which a second server would bind the same port, silently. Raises OSError."""
+def bound(family: socket.AddressFamily, address: str | tuple[str, int]) -> socket.socket:
+    """A socket that listens. Without SO_REUSEPORT, with which a second server would bind the same port, silently.
+
+    Raises OSError.
+    """
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         if family != socket.AF_UNIX:
@@ -190,7 +233,8 @@ def _bound(family: socket.AddressFamily, address: str | tuple[str, int]) -> sock
     return listener
 
 
-async def _until(condition: Callable[[], bool], seconds: float) -> None:
+async def until(condition: Callable[[], bool], seconds: float) -> None:
+    """Waits for something that is short in coming; no longer than that."""
     with suppress(TimeoutError):
         async with asyncio.timeout(seconds):
             while not condition():  # noqa: ASYNC110  # it takes a round trip or so

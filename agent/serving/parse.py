@@ -55,20 +55,23 @@ class Parser:
         """Start the child, so that the first large message need not wait for it."""
         await asyncio.get_running_loop().run_in_executor(self._thread, self._child.start)
 
-    async def parse(self, data: bytes | memoryview, form: Form) -> Parsed:
-        """The request in `data`. Raises InvalidInput, Overloaded, Unavailable, and what else its form refuses."""
-        plain = form.plain(data, most=self._most)
+    async def parse(self, data: bytes | memoryview, form: Form, context: bytes = b"") -> Parsed:
+        """The request in `data`; `context` is what its form needs to know besides.
+
+        Raises InvalidInput, Overloaded, Unavailable, and what else its form refuses.
+        """
+        plain = form.plain(data, most=self._most, context=context)
         if plain is not None:
             return plain
         if len(data) <= LARGE and (len(data) <= SMALL or is_light(data, form)):
             try:
-                return form.read(data, most=min(self._most, LARGE))
+                return form.read(data, most=min(self._most, LARGE), context=context)
             except TooLarge:
                 if self._most <= LARGE:
                     raise
         if self._closed:
             raise Unavailable("slotd is stopping")
-        return await in_turn(self._turn, self._thread, self._child.parse, data, form.number)
+        return await in_turn(self._turn, self._thread, self._child.parse, data, form.number, context)
 
     async def close(self) -> None:
         """End the child; a message in it is given up."""
@@ -84,6 +87,8 @@ def is_light(data: bytes | memoryview, form: Form) -> bool:
     Only counts: nothing is taken from what it walks over, so that a message it reads otherwise than protobuf does is
     at worst parsed in the wrong place. Bounded itself: 256 records, ten bytes for a varint.
     """
+    if form.parts is None:
+        return False
     try:
         return _cost(data, 0, len(data), form.parts, 0) <= _BUDGET
     except (IndexError, ValueError):
@@ -149,13 +154,13 @@ class _Child:
         step_back(self._process.pid)
         return ours
 
-    def parse(self, data: bytes | memoryview, form: int) -> Parsed:
+    def parse(self, data: bytes | memoryview, form: int, context: bytes) -> Parsed:
         """The request in `data`, whose form has that number, from the child."""
         try:
             channel = self.start()
             with _Descriptor(os.memfd_create("request", os.MFD_CLOEXEC)) as request:
-                handover.write_all(request, data, 0)
-                socket.send_fds(channel, [handover.RECORD.pack(form, len(data))], [request])
+                handover.write_all(request, context, handover.write_all(request, data, 0))
+                socket.send_fds(channel, [handover.TASK.pack(form, len(data), len(context))], [request])
             answer, descriptors, _, _ = socket.recv_fds(channel, handover.RECORD.size, 1)
         except OSError as error:  # includes the time-out
             log.warning("parse_child_lost", error=str(error), bytes=len(data))

@@ -27,13 +27,14 @@ def main() -> None:
     most = int(sys.argv[2])
     confine(most)
     while True:
-        record, descriptors, _, _ = socket.recv_fds(channel, handover.RECORD.size, 1)
+        record, descriptors, _, _ = socket.recv_fds(channel, handover.TASK.size, 1)
         if not descriptors:
             return
         request = descriptors[0]
         try:
-            form, size = handover.RECORD.unpack(record)
-            reply, answer = handover.write(_outcome(FORMS[form], os.pread(request, size, 0), most))
+            form, size, more = handover.TASK.unpack(record)
+            data, context = os.pread(request, size, 0), os.pread(request, more, size)
+            reply, answer = handover.write(_outcome(FORMS[form], data, context, most))
         finally:
             os.close(request)
         try:
@@ -48,9 +49,9 @@ def confine(most: int) -> None:
     sandbox.enter(sandbox.Limits(memory, files=_FILES), sandbox.Grants())
 
 
-def _outcome(form: Form, data: bytes, most: int) -> Parsed | SlotdError:
+def _outcome(form: Form, data: bytes, context: bytes, most: int) -> Parsed | SlotdError:
     try:
-        return form.read(data, most=most)
+        return form.read(data, most=most, context=context)
     except SlotdError as error:
         return error
     except MemoryError:

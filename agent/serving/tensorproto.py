@@ -7,7 +7,8 @@ by `parse_child` for the rest, so it imports neither gRPC nor the dataplane.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,10 @@ class Parsed:
     outputs: tuple[str, ...] = ()
     id: str = ""
     """What the client calls the request; its answer has it too."""
+    rows: bool = False
+    """It came row by row, and its answer goes so."""
+    binary: Mapping[str, bool] = field(default_factory=dict)
+    """Which outputs go out as bytes behind a JSON document; "" stands for those that are not named."""
 
 
 def read_request(data: bytes | memoryview, *, most: int) -> Parsed:

@@ -24,7 +24,7 @@ SERVICE = "tensorflow.serving.PredictionService"
 
 MODEL_SERVICE = "tensorflow.serving.ModelService"
 METADATA = "signature_def"
-_METHOD = "tensorflow/serving/predict"
+METHOD = "tensorflow/serving/predict"
 _NO_HEAD = ("Classify", "Regress", "MultiInference")
 
 
@@ -52,7 +52,7 @@ class PredictionService:
             if field != METADATA:
                 raise InvalidInput(f"there is no {short(field)!r}, only {METADATA!r}", field="metadata_field")
         seat = self._model(asked.model_spec)
-        signature = _SignatureDef(method_name=_METHOD)
+        signature = _SignatureDef(method_name=METHOD)
         for specs, side in ((seat.signature.inputs, signature.inputs), (seat.signature.outputs, signature.outputs)):
             for spec in specs.values():
                 side[spec.name].CopyFrom(_described(spec))
@@ -71,7 +71,7 @@ class PredictionService:
     def _model(self, spec: Any) -> Seat:
         choice = spec.WhichOneof("version_choice")
         if choice == "version_label":
-            raise _no_label(spec.version_label)
+            raise no_label(spec.version_label)
         version = spec.version.value if choice == "version" else None
         return served(self._dataplane, spec.name, version, WIRE.fields)
 
@@ -83,12 +83,12 @@ _StatusResponse = message("tensorflow.serving.GetModelStatusResponse")
 _SignatureDef = message("tensorflow.SignatureDef")
 _SignatureDefMap = message("tensorflow.serving.SignatureDefMap")
 _TensorInfo = message("tensorflow.TensorInfo")
-_NUMBERS = {dtype: number for number, dtype, _ in FIELDS}
+NUMBERS = {dtype: number for number, dtype, _ in FIELDS}
 
 
 def _described(spec: TensorSpec) -> Any:
     shape = {"dim": [{"size": size} for size in spec.shape]}
-    return _TensorInfo(name=spec.name, dtype=_NUMBERS[spec.dtype], tensor_shape=shape)
+    return _TensorInfo(name=spec.name, dtype=NUMBERS[spec.dtype], tensor_shape=shape)
 
 
 def _spec(seat: Seat) -> dict[str, object]:
@@ -96,7 +96,7 @@ def _spec(seat: Seat) -> dict[str, object]:
 
 
 async def _no_head(_: bytes | memoryview, __: Call) -> Reply:
-    raise Unimplemented("the model takes tensors, and has no head for examples", hint="call Predict")
+    raise no_head()
 
 
 async def _no_reload(_: bytes | memoryview, __: Call) -> Reply:
@@ -105,22 +105,30 @@ async def _no_reload(_: bytes | memoryview, __: Call) -> Reply:
     )
 
 
-def _no_label(label: str) -> NotFound:
+def no_head() -> Unimplemented:
+    """For what takes examples instead of tensors."""
+    return Unimplemented("the model takes tensors, and has no head for examples", hint="call Predict")
+
+
+def no_label(label: str, field: str = "model_spec.version_label") -> NotFound:
+    """No version has one."""
     return NotFound(
         f"no version is labelled {short(label)!r}; labels are not supported",
-        field="model_spec.version_label",
-        hint="leave version_label out, or set version",
+        field=field,
+        hint="leave the label out, or name the version",
     )
 
 
 def _check(parsed: Parsed) -> None:
     if parsed.label is not None:
-        raise _no_label(parsed.label)
-    if parsed.signature not in ("", SIGNATURE_NAME):
-        raise InvalidInput(
-            f"there is no signature {short(parsed.signature)!r}, only {SIGNATURE_NAME!r}",
-            field="model_spec.signature_name",
-        )
+        raise no_label(parsed.label)
+    check_signature(parsed.signature, "model_spec.signature_name")
+
+
+def check_signature(name: str, field: str) -> None:
+    """Raises InvalidInput for another one than the one that there is."""
+    if name not in ("", SIGNATURE_NAME):
+        raise InvalidInput(f"there is no signature {short(name)!r}, only {SIGNATURE_NAME!r}", field=field)
 
 
 def _encode(answer: Answer, _: Parsed, most: int) -> Reply:

@@ -36,7 +36,7 @@ def config_beside(first: Host, folder: Path, **settings: Any) -> dict[str, Any]:
         "state_dir": str(folder / "state"),
         "run_dir": str(folder / "run"),
         "slot": {"options": {"device": str(folder / "card")}},
-        "serving": {"grpc": {"listen": "127.0.0.1:0"}},
+        "serving": {"grpc": {"listen": "127.0.0.1:0"}, "http": {"listen": None}},
     }
     return merge(merge(first.config, own), settings)
 
@@ -81,7 +81,7 @@ def listing(folder: Path) -> list[tuple[str, int]]:
 
 def answers(host: Host) -> None:
     """On TCP, on the Unix socket and on the admin socket (status was asked there)."""
-    for address in host.status()["serving"]["listen"]:
+    for address in (one for one in host.status()["serving"]["listen"] if not one.startswith("http")):
         with grpc.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
             np.testing.assert_allclose(predict(channel, X)[0], X * 2 + 1, rtol=1e-6)
 

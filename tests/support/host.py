@@ -65,7 +65,12 @@ class Host:
                     "retry_max": "2s",
                 },
                 "swap": {"probation": {"duration": "0.3s", "min_requests": 3}},
-                "serving": {"grpc": {"listen": "127.0.0.1:0"}, "lame_duck": "0.1s", "grace": "2s"},
+                "serving": {
+                    "grpc": {"listen": "127.0.0.1:0"},
+                    "http": {"listen": "127.0.0.1:0"},
+                    "lame_duck": "0.1s",
+                    "grace": "2s",
+                },
                 "executor": {"threads": 1},
                 "images": {"layouts": [str(self.layout)]},
                 "link": {"enabled": False},
@@ -77,6 +82,8 @@ class Host:
         self.prefix: tuple[str, ...] = ()
         """What its command line begins with, for a namespace to run in."""
         self.address = ""
+        self.http = ""
+        """Where HTTP is, http://host:port."""
         self.log = folder / "slotd.log"
         self.hold = folder / "hold"
         self.keep_config = False
@@ -169,8 +176,10 @@ class Host:
         until = time.monotonic() + timeout
         while time.monotonic() < until:
             if any("READY=1" in text.splitlines() for _, text in self.told):
-                tcp = [one for one in self.status()["serving"]["listen"] if not one.startswith("unix")]
-                self.address = tcp[0] if tcp else self.status()["serving"]["listen"][0]
+                listen = self.status()["serving"]["listen"]
+                tcp = [one for one in listen if not one.startswith(("unix", "http"))]
+                self.http = next((one for one in listen if one.startswith("http")), "")
+                self.address = tcp[0] if tcp else listen[-1]
                 return
             if self.process.poll() is not None:
                 raise AssertionError(f"slotd ended with {self.process.returncode}:\n{self.tail()}")

@@ -120,7 +120,7 @@ def parser() -> dict[str, Any]:
             env=environment(),
         )
         request = os.memfd_create("request")
-        socket.send_fds(ours, [handover.RECORD.pack(0, 0)], [request])
+        socket.send_fds(ours, [handover.TASK.pack(0, 0, 0)], [request])
         return dict(json.loads(child.communicate(timeout=60)[0]))
 
 

@@ -154,7 +154,7 @@ def settings(folder: Path) -> dict[str, Any]:
         "embedded": True,
         "slot": {"driver": "simulated", "options": {"program_time": PROGRAM_TIME, "latency": LATENCY}},
         "swap": {"probation": {"duration": PROBATION}},
-        "serving": {"grpc": {"listen": "127.0.0.1:0"}, "lame_duck": 0.2},
+        "serving": {"grpc": {"listen": "127.0.0.1:0"}, "http": {"listen": None}, "lame_duck": 0.2},
         "images": {"layouts": [str(folder / LAYOUT)], "keep_free": "64MiB"},
         "link": {"host": "", "port": 0},
         "log": {"format": "console"},

@@ -1,0 +1,110 @@
+"""HTTP's place: it listens when it can, and says so when it cannot; gRPC goes on without it."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections import Counter
+
+import structlog
+
+from agent.errors import SlotdError, Unavailable
+from agent.health.issues import Issues
+from agent.serving import endpoint
+from agent.serving.http.connection import Connection, Shared
+from agent.serving.http.messages import Answer, Request, Response
+from agent.serving.listen import BACKLOG, MAX_CONNECTIONS, bound, until
+
+log = structlog.get_logger(__name__)
+
+EVERY = 5.0
+"""Seconds between two tries to listen on an address that is another's."""
+ISSUE = "http-listen"
+
+
+class HttpServer:
+    """`open`, then `run` until it is cancelled, then `close`."""
+
+    def __init__(self, listen: str, shared: Shared, issues: Issues) -> None:
+        self._listen = listen
+        self._shared = shared
+        self._issues = issues
+        self._server: asyncio.Server | None = None
+        self.address: str | None = None
+        """http://host:port, once it listens."""
+
+    async def open(self) -> bool:
+        """Whether it listens now; why not is an issue."""
+        try:
+            host, port = await asyncio.to_thread(endpoint.loopback, self._listen, "serving.http.listen")
+            literal = f"[{host}]" if ":" in host else host
+            try:
+                listener = bound(socket.AF_INET6 if ":" in host else socket.AF_INET, (host, port))
+            except OSError:
+                raise await asyncio.to_thread(endpoint.taken, literal, port, "serving.http.listen") from None
+        except SlotdError as error:
+            self._issues.raise_(ISSUE, "error", f"HTTP is not served: {error}", error.hint)
+            return False
+        self._issues.clear(ISSUE)
+        shared, count = self._shared, Counter[str]()
+
+        def admitted() -> bool:
+            if count["open"] >= MAX_CONNECTIONS:
+                return False
+            count["open"] += 1
+            return True
+
+        def gone() -> None:
+            count["open"] -= 1
+
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(
+            lambda: Connection(shared, admitted, gone), sock=listener, backlog=BACKLOG
+        )
+        self.address = f"http://{literal}:{listener.getsockname()[1]}"
+        log.info("http_listening", address=self.address)
+        return True
+
+    async def run(self) -> None:
+        """Ends what takes too long, and listens as soon as that is possible."""
+        seconds = 0.0
+        while True:
+            await asyncio.sleep(1.0)
+            seconds += 1.0
+            self._shared.tick()
+            if self._server is None and seconds >= EVERY:
+                seconds = 0.0
+                await self.open()
+
+    async def close(self, grace: float, closing: float) -> None:
+        """Requests in hand get `grace` seconds, then they end with UNAVAILABLE."""
+        shared = self._shared
+        shared.draining = True
+        if self._server is not None:
+            self._server.close()
+        for connection in tuple(shared.connections):
+            connection.drain()
+        await until(lambda: all(connection.answered for connection in shared.connections), grace)
+        for connection in tuple(shared.connections):
+            connection.cut_short(Unavailable("slotd is stopping", hint="try again in a moment"))
+        await until(lambda: not shared.connections, closing)
+        for connection in tuple(shared.connections):
+            connection.abort()
+        await until(lambda: not shared.connections, closing)
+
+
+class Counted:
+    """Answers, and how many there were of each status."""
+
+    def __init__(self, answer: Answer) -> None:
+        self._answer = answer
+        self.statuses: Counter[int] = Counter()
+
+    async def __call__(self, request: Request) -> Response:
+        try:
+            response = await self._answer(request)
+        except SlotdError as error:
+            self.statuses[error.http] += 1
+            raise
+        self.statuses[response.status] += 1
+        return response
