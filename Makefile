@@ -55,7 +55,7 @@ $(VENV_TENSORFLOW)/.installed: Makefile
 	$(call environment,$(VENV_TENSORFLOW),tensorflow-cpu==2.21.0 numpy simplejpeg pillow)
 
 $(VENV_CLIENTS)/.installed: Makefile
-	$(call environment,$(VENV_CLIENTS),'tritonclient[grpc]==2.73.0')
+	$(call environment,$(VENV_CLIENTS),'tritonclient[grpc,http]==2.73.0')
 
 # Without what it depends on, which would be TensorFlow once more.
 $(VENV_TENSORFLOW)/.serving: $(VENV_TENSORFLOW)/.installed

@@ -285,8 +285,11 @@ class Daemon:
         )
         table = build_table(host)
         admin = AdminServer(config.run_dir / "admin.sock", table, host)
-        http = await server.open_http(lambda: exposition(host.status(), dataplane.times, server.statuses))
-        host.listen = [*listen[:-1], *([http] if http else []), listen[-1]]
+        host.listen = listen
+        await server.open_http(
+            lambda: exposition(host.status(), dataplane.times, server.statuses),
+            lambda address: listen.insert(len(listen) - 1, address),
+        )
         stack.push_async_callback(self._note_stop, journal)
         await admin.start()
         stack.push_async_callback(admin.close)

@@ -101,14 +101,14 @@ class GrpcServer:
             await asyncio.to_thread(self._socket.withdraw, self._mark)
         await self._parser.close()
 
-    async def open_http(self, metrics: Callable[[], str]) -> str | None:
-        """After `start`: HTTP too; its address, None if it does not listen (yet). `metrics` gives the text of /metrics.
+    async def open_http(self, metrics: Callable[[], str], opened: Callable[[str], None]) -> None:
+        """After `start`: HTTP too. `metrics` gives the text of /metrics; `opened` is told the address, once it listens.
 
         Raises nothing: what is wrong with its address is an issue.
         """
         config, shared = self._config, self._shared
         if config.http.listen is None or shared is None or self._health is None:
-            return None
+            return
         from agent.serving.http.connection import Shared as HttpShared
         from agent.serving.http.exchange import Exchange as HttpExchange
         from agent.serving.http.routes import OPEN, Routes
@@ -123,10 +123,10 @@ class GrpcServer:
             if self._keys is not None and path not in OPEN:
                 self._keys.check(path, headers)
 
-        self._http = HttpServer(config.http.listen, HttpShared(answer, shared.room, most, guard), self._issues)
+        handed = HttpShared(answer, shared.room, most, guard)
+        self._http = HttpServer(config.http.listen, handed, self._issues, opened)
         await self._http.open()
         self._tasks.append(asyncio.create_task(self._http.run(), name="http-connections"))
-        return self._http.address
 
     async def _close(self, shared: Shared, grace: float) -> None:
         for connection in tuple(shared.connections):

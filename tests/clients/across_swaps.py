@@ -12,15 +12,18 @@ from support.host import Host
 SWAPS = 4
 
 
-def watch(python: str, program: Path, folder: Path) -> dict[str, Any]:
-    """What it saw. `one:1` (twice its input and one) is served at first; while it sends, that and `two:1` (three
-    times) take turns, under names of their own."""
+def watch(python: str, program: Path, folder: Path, *, over: str = "grpc") -> dict[str, Any]:
+    """What it saw, over gRPC or HTTP.
+
+    `one:1` (twice its input and one) is served at first; while it sends, that and `two:1` (three times) take turns,
+    under names of their own.
+    """
     host = Host(folder)
     for tag, scale in (("one:1", 2.0), ("two:1", 3.0)):
         host.pack(tag, scale=scale)
     with host:
         assert host.deploy("one:1")["outcome"] == "committed"
-        argv = [python, "-I", str(program), host.address]
+        argv = [python, "-I", str(program), host.http if over == "http" else host.address]
         with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as client:
             assert client.stdin is not None and client.stdout is not None
             assert client.stdout.readline() == "ready\n"

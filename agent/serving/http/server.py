@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections import Counter
+from collections.abc import Callable
 
 import structlog
 
@@ -25,16 +26,16 @@ ISSUE = "http-listen"
 class HttpServer:
     """`open`, then `run` until it is cancelled, then `close`."""
 
-    def __init__(self, listen: str, shared: Shared, issues: Issues) -> None:
+    def __init__(self, listen: str, shared: Shared, issues: Issues, opened: Callable[[str], None]) -> None:
+        """`opened` is told http://host:port once it listens."""
         self._listen = listen
         self._shared = shared
         self._issues = issues
+        self._opened = opened
         self._server: asyncio.Server | None = None
-        self.address: str | None = None
-        """http://host:port, once it listens."""
 
-    async def open(self) -> bool:
-        """Whether it listens now; why not is an issue."""
+    async def open(self) -> None:
+        """It listens; why it does not is an issue."""
         try:
             host, port = await asyncio.to_thread(endpoint.loopback, self._listen, "serving.http.listen")
             literal = f"[{host}]" if ":" in host else host
@@ -44,7 +45,7 @@ class HttpServer:
                 raise await asyncio.to_thread(endpoint.taken, literal, port, "serving.http.listen") from None
         except SlotdError as error:
             self._issues.raise_(ISSUE, "error", f"HTTP is not served: {error}", error.hint)
-            return False
+            return
         self._issues.clear(ISSUE)
         shared, count = self._shared, Counter[str]()
 
@@ -61,9 +62,9 @@ class HttpServer:
         self._server = await loop.create_server(
             lambda: Connection(shared, admitted, gone), sock=listener, backlog=BACKLOG
         )
-        self.address = f"http://{literal}:{listener.getsockname()[1]}"
-        log.info("http_listening", address=self.address)
-        return True
+        address = f"http://{literal}:{listener.getsockname()[1]}"
+        log.info("http_listening", address=address)
+        self._opened(address)
 
     async def run(self) -> None:
         """Ends what takes too long, and listens as soon as that is possible."""
