@@ -6,8 +6,8 @@ VENV_TENSORFLOW := .venv-tensorflow
 VENV_CLIENTS := .venv-clients
 PYTEST = $(VENV)/bin/python -m pytest
 # What the tests start as real parts, and the Debian packages that bring it.
-TOOLS := mosquitto mosquitto_pub docker-registry htpasswd skopeo umoci
-PACKAGES := python3-venv mosquitto mosquitto-clients docker-registry apache2-utils skopeo umoci
+TOOLS := mosquitto mosquitto_pub docker-registry htpasswd skopeo umoci curl
+PACKAGES := python3-venv mosquitto mosquitto-clients docker-registry apache2-utils skopeo umoci curl
 # What the tests in a machine of their own need besides (make test-vm).
 TOOLS_VM := nsenter runuser setpriv unshare systemd-analyze udevadm /usr/bin/python3.11 \
   qemu-system-x86_64 mkfs.ext4 debugfs cpio /bin/busybox

@@ -386,7 +386,7 @@ def test_a_broker_with_a_password_and_the_command_line(site: Site, tmp_path: Pat
         in_order(operator.events())
 
 
-def test_thirty_swaps_leave_nothing_behind(site: Site, tmp_path: Path, record_property: pytest.RecordProperty) -> None:
+def test_twenty_swaps_leave_nothing_behind(site: Site, tmp_path: Path, record_property: pytest.RecordProperty) -> None:
     with (
         Mosquitto(tmp_path / "broker") as broker,
         Outsider(broker.port, DEVICE) as operator,
@@ -399,19 +399,19 @@ def test_thirty_swaps_leave_nothing_behind(site: Site, tmp_path: Path, record_pr
         operator.until("status", lambda s: s["state"] == "online")
         held: dict[int, dict[str, int]] = {}
         with host.load(1, pause=0.02) as load:
-            for swap in range(1, 31):
+            for swap in range(1, 21):
                 done = host.deploy(images[(swap - 1) % 2], probation=0)
                 assert done["outcome"] == "committed", (swap, done)
-                if swap in (5, 30):
+                if swap in (5, 20):
                     operator.ended(done["id"])
                     held[swap] = at_rest(host, pid)
         assert load.errors == []
         assert load.wrong({site.digests[f"tiny:{number}"]: scale for number, scale in SCALES.items()}) == []
         in_order(operator.events())
         assert "fork_posix" not in host.log.read_text(), "gRPC's fork handlers crash children"
-        growth = {key: held[30][key] - held[5][key] for key in held[5]}
-        record_property("growth from swap 5 to swap 30", growth)
-        print(f"\nafter swap 5 {held[5]}, growth to swap 30 {growth}, {len(load.answers)} answers")
+        growth = {key: held[20][key] - held[5][key] for key in held[5]}
+        record_property("growth from swap 5 to swap 20", growth)
+        print(f"\nafter swap 5 {held[5]}, growth to swap 20 {growth}, {len(load.answers)} answers")
         assert growth.pop("rss_kib") < 6 << 10
         assert set(growth.values()) == {0}, held
 
