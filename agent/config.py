@@ -156,9 +156,27 @@ class HttpConfig(Section):
     """TCP address, host:port; null for none. While it is another's, slotd serves without HTTP and says so."""
 
 
+class TlsConfig(Section):
+    certificate: Restart[Path | None] = None
+    """The server's certificate and what is between it and its CA, in PEM; null: TCP is in the clear, on loopback."""
+    key: Restart[Path | None] = None
+    """The certificate's key, which nobody else may read."""
+    client_ca: Restart[Path | None] = None
+    """CAs of which clients over TCP must have a certificate; null: they need none."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> TlsConfig:
+        if (self.certificate is None) != (self.key is None):
+            raise ValueError("certificate and key go together")
+        if self.client_ca is not None and self.certificate is None:
+            raise ValueError("client_ca needs a certificate and a key")
+        return self
+
+
 class ServingConfig(Section):
     grpc: GrpcConfig = GrpcConfig()
     http: HttpConfig = HttpConfig()
+    tls: TlsConfig = TlsConfig()
     keys: Restart[Path | None] = None
     """A file with the keys of which clients over TCP must send one (slotd keys); null: they need none."""
     max_deadline: Live[Seconds] = 60.0

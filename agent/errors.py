@@ -155,6 +155,12 @@ class DeadlineExceeded(SlotdError):
     code, grpc, http, exit = "DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED", 504, 75
 
 
+class RequestTimeout(DeadlineExceeded):
+    """A client did not send its request in time."""
+
+    code, http = "REQUEST_TIMEOUT", 408
+
+
 class Cancelled(SlotdError):
     """Somebody called it off."""
 

@@ -25,6 +25,7 @@ _NULL = os.fsencode(os.devnull)
 _SETSIGDEF, _SETSIGMASK, _SETSID = 0x04, 0x08, 0x80
 _STRUCT = 1024
 _SIGSET = 128
+_UNKNOWN = 255
 _IGNORED = (signal.SIGPIPE, signal.SIGXFSZ)
 """What Python ignores, and a program expects to have its effect."""
 _libc = ctypes.CDLL(None)
@@ -57,7 +58,11 @@ class Child:
 
     def _reap(self, options: int) -> None:
         if self.returncode is None:
-            pid, status = os.waitpid(self.pid, options)
+            try:
+                pid, status = os.waitpid(self.pid, options)
+            except ChildProcessError:  # somebody else has reaped it, and knows how it ended
+                self.returncode = _UNKNOWN
+                return
             if pid:
                 self.returncode = os.waitstatus_to_exitcode(status)
 

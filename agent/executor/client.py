@@ -59,8 +59,8 @@ class Worker:
         self._stopping = False
         self._fault: str | None = None
         first = 1 if launch.output is None else 2
-        maps = {os.fstat(fd).st_ino: number for number, fd in enumerate(launch.maps, first)}
         try:
+            maps = {os.fstat(fd).st_ino: number for number, fd in enumerate(launch.maps, first)}
             self.arena = Arena(launch.arena)
         except BaseException:
             discard(spawned)

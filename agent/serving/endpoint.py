@@ -20,8 +20,11 @@ _LONGEST_PATH = 107
 _LISTENING = "0A"
 
 
-def loopback(listen: str, where: str = "serving.grpc.listen") -> tuple[str, int]:
-    """host:port as an address and a port; blocks on the resolver. Raises InvalidConfig unless it is loopback."""
+def address(listen: str, where: str, *, anywhere: bool = False) -> tuple[str, int]:
+    """host:port as an address and a port; blocks on the resolver.
+
+    Raises InvalidConfig unless it is loopback, or `anywhere` will do.
+    """
     match = re.fullmatch(r"(?:\[([0-9a-fA-F:.%]+)\]|([^:\[\]]*)):(\d{1,5})", listen)
     if not match or int(match[3]) > 65535:
         raise InvalidConfig(f"{listen!r} is not host:port", field=where, hint="write 127.0.0.1:50051 or [::1]:50051")
@@ -31,12 +34,12 @@ def loopback(listen: str, where: str = "serving.grpc.listen") -> tuple[str, int]
     except OSError as error:
         raise InvalidConfig(f"{host!r} is no address: {error.strerror}", field=where) from None
     addresses = [str(entry[4][0]) for entry in found]
-    for address in addresses:
-        if not ipaddress.ip_address(address.partition("%")[0]).is_loopback:
+    for one in addresses:
+        if not anywhere and not ipaddress.ip_address(one.partition("%")[0]).is_loopback:
             raise InvalidConfig(
                 f"{listen!r} is reached from other hosts, without TLS and keys",
                 field=where,
-                hint="listen on 127.0.0.1 and let clients of other hosts come through a proxy that has TLS",
+                hint="set serving.tls, and serving.keys or serving.tls.client_ca; or listen on 127.0.0.1",
             )
     return addresses[0], port
 

@@ -210,12 +210,14 @@ def check_size(dtype: DType, shape: tuple[int, ...], where: str, *, most: int, s
         raise InvalidInput(f"has {len(shape)} dimensions; at most {MAX_RANK} are taken", field=where)
     if any(size < 0 for size in shape):
         raise InvalidInput(f"has shape {list(shape)}", field=where, hint="a request states every size")
+    if any(size >= MAX_ELEMENTS for size in shape):
+        raise InvalidInput("has a shape of more elements than there can be", field=where)
     count, most_elements = math.prod(shape), math.prod(max(1, size) for size in shape)
     if dtype is DType.STRING:
-        if count > strings:
-            raise InvalidInput(f"has {count} elements; a request may have {MAX_STRINGS} strings", field=where)
         if most_elements >= MAX_ELEMENTS:
             raise InvalidInput(f"has shape {list(shape)}, more elements than there can be", field=where)
+        if count > strings:
+            raise InvalidInput(f"has {count} elements; a request may have {MAX_STRINGS} strings", field=where)
         return 0
     if most_elements * dtype.numpy.itemsize > most:
         raise TooLarge(f"{DATATYPES[dtype]} {list(shape)} is larger than {most} bytes", field=where)

@@ -15,9 +15,9 @@ from agent.errors import InvalidInput, Unimplemented
 from agent.model.signature import DType, Strings, Tensor, TensorSpec
 from agent.serving.infer import BY_NAME, raw_tensor
 from agent.serving.jsontensors import is_b64, read_json, read_tensor
-from agent.serving.tensorproto import MAX_NAME, MAX_OUTPUTS, MAX_STRINGS, MAX_TENSORS, Parsed, TooLarge, short
+from agent.serving.tensorproto import MAX_NAME, MAX_OUTPUTS, MAX_RANK, MAX_STRINGS, MAX_TENSORS, Parsed, TooLarge, short
 
-PLAIN_HEAD = 16 << 10
+PLAIN_HEAD = 2 << 10
 """Bytes of a JSON document that is read at once, however many bytes of tensors come behind it."""
 SERVING_DEFAULT = "serving_default"
 
@@ -162,15 +162,17 @@ def _input(one: Any) -> tuple[str, DType, tuple[int, ...], int | None]:
     where = short(name)
     parameters = _parameters(one, where)
     datatype = one.get("datatype")
-    known = BY_NAME.get(datatype) if isinstance(datatype, str) else None
+    if not isinstance(datatype, str):
+        raise InvalidInput("has no datatype", field=where, hint=f"one of {', '.join(BY_NAME)}")
+    known = BY_NAME.get(datatype)
     if known is None:
         raise InvalidInput(
-            f"has datatype {short(str(datatype))!r}, which slotd does not carry",
+            f"has datatype {short(datatype)!r}, which slotd does not carry",
             field=where,
             hint=f"one of {', '.join(BY_NAME)}",
         )
     shape = one.get("shape")
-    if not isinstance(shape, list) or not all(isinstance(size, int) and not isinstance(size, bool) for size in shape):
+    if not isinstance(shape, list) or len(shape) > MAX_RANK or not set(map(type, shape)) <= {int}:
         raise InvalidInput("has no shape: a list of whole numbers", field=where)
     size = parameters.get("binary_data_size")
     if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 0):

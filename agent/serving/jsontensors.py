@@ -1,7 +1,7 @@
 """Tensors as JSON has them, and back: nested lists, numbers of whatever kind, bytes as text or as {"b64": ...}.
 
-Used by the agent for small documents and by `parse_child` for the rest. Floats are written with as few digits as tell
-them from their neighbours, so that who reads them gets the same bits.
+Used by the agent for small documents and by `parse_child` for the rest. Floats are written so that who reads them gets
+the same bits.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ import base64
 import binascii
 import json
 import math
+import re
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -19,11 +21,15 @@ import orjson
 
 from agent.errors import InvalidInput
 from agent.model.signature import DType, Strings, Tensor
-from agent.serving.tensorproto import MAX_ELEMENTS, MAX_RANK, MAX_STRINGS, TooLarge
+from agent.serving.infer import check_size
+from agent.serving.tensorproto import MAX_RANK, MAX_STRINGS, TooLarge
 
 B64 = "b64"
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_SLOW_PIECE = 512
 _PIECE = 16_384
 """Elements that are written at once: orjson keeps Python's lock for half a millisecond."""
+_KINDS: dict[str, tuple[type, ...]] = {"f": (int, float), "i": (int,), "u": (int,), "b": (bool,)}
 _NOT_FINITE = (b"NaN", b"Infinity")
 
 
@@ -33,9 +39,9 @@ def read_json(data: bytes | memoryview) -> Any:
         return orjson.loads(data)
     except orjson.JSONDecodeError as error:
         text = bytes(data)
-        if any(word in text for word in _NOT_FINITE):
+        if any(word in text for word in _NOT_FINITE) and not _SURROGATE.search(text):
             try:
-                return json.loads(text)
+                return json.loads(text.decode())
             except (ValueError, RecursionError):
                 pass
         raise InvalidInput(f"is no JSON: {error}"[:200], field="request") from None
@@ -46,69 +52,66 @@ def read_tensor(
 ) -> Tensor:
     """Nested lists as a tensor of at most `most` bytes, or `strings` elements.
 
-    `shape`: what it is to have; the values may come in one list then. Raises InvalidInput, TooLarge.
+    `shape`: what it is to have; the values are nested so, or come in one list. Raises InvalidInput, TooLarge.
     """
-    if shape is not None and (len(shape) > MAX_RANK or any(size < 0 for size in shape)):
-        raise InvalidInput(f"has shape {list(shape)[:40]}", field=where, hint="a request states every size")
-    if shape is not None and math.prod(max(1, size) for size in shape) >= MAX_ELEMENTS:
-        raise InvalidInput(f"has shape {list(shape)}, more elements than there can be", field=where)
-    if dtype is DType.STRING:
-        tensor: Tensor = _strings(value, where, strings)
-    else:
-        tensor = _numbers(value, dtype, where, most)
-    if shape is not None and tuple(tensor.shape) != shape:
-        count, found = math.prod(shape), math.prod(tensor.shape)
-        if count != found:
-            raise InvalidInput(f"has {found} values; {dtype.value} {list(shape)} has {count}", field=where)
-        tensor = Strings(shape, tensor.items) if isinstance(tensor, Strings) else tensor.reshape(shape)
+    found, leaves = _flattened(value, where, most)
+    if shape is None:
+        shape = found
+    elif shape != found and len(found) != 1 and leaves:
+        raise InvalidInput(f"its lists have the shape {list(found)}, not {list(shape)}", field=where)
+    check_size(dtype, shape, where, most=most, strings=min(strings, MAX_STRINGS))
+    if math.prod(shape) != len(leaves):
+        raise InvalidInput(f"has {len(leaves)} values; {dtype.value} {list(shape)} has {math.prod(shape)}", field=where)
+    if dtype is not DType.STRING:
+        return _numbers(leaves, dtype, where).reshape(shape)
+    tensor = Strings(shape, [_bytes(one, where) for one in leaves])
     if tensor.nbytes > most:
-        raise TooLarge(f"{dtype.value} {list(tensor.shape)} is larger than {most} bytes", field=where)
+        raise TooLarge(f"string {list(shape)} is larger than {most} bytes", field=where)
     return tensor
 
 
-def _numbers(value: Any, dtype: DType, where: str, most: int) -> npt.NDArray[Any]:
-    try:
-        found = np.array(value)
-    except (ValueError, OverflowError):
-        raise _ragged(where) from None
-    if found.size == 0:
-        return np.empty(found.shape, dtype.numpy)
-    if found.size * dtype.numpy.itemsize > most:
-        raise TooLarge(f"{dtype.value} {list(found.shape)} is larger than {most} bytes", field=where)
-    kind = found.dtype.kind
-    wanted = {"f": "fiu", "i": "iu", "u": "iu", "b": "b"}[dtype.numpy.kind]
-    if kind not in wanted:
-        if kind == "O" or (kind == "f" and wanted == "iu"):
-            raise _ragged(where) if kind == "O" else InvalidInput(f"has numbers that no {dtype.value} has", field=where)
+def _flattened(value: Any, where: str, most: int) -> tuple[tuple[int, ...], list[Any]]:
+    """The shape of nested lists, and what they hold in one; a level at a time, without a step for each element."""
+    shape: list[int] = []
+    level = [value]
+    while level and isinstance(level[0], list):
+        if set(map(type, level)) != {list} or len(lengths := set(map(len, level))) != 1:
+            raise InvalidInput("is no tensor: lists of different lengths", field=where)
+        shape.append(lengths.pop())
+        if len(shape) > MAX_RANK:
+            raise InvalidInput(f"has more than {MAX_RANK} dimensions", field=where)
+        if len(level) * shape[-1] > most:
+            raise TooLarge(f"{shape} is larger than {most} bytes", field=where)
+        level = list(chain.from_iterable(level))
+    return tuple(shape), level
+
+
+def _numbers(leaves: list[Any], dtype: DType, where: str) -> npt.NDArray[Any]:
+    """Of just the kinds that it may hold: numpy would make something of texts, of None and of true, too."""
+    kinds = set(map(type, leaves))
+    kind = dtype.numpy.kind
+    if not kinds <= set(_KINDS[kind]):
+        if kinds <= {int, float}:
+            raise InvalidInput(f"has numbers that no {dtype.value} has", field=where)
         raise InvalidInput(f"has values that are not {dtype.value}", field=where)
-    if wanted == "iu":
+    wide: npt.DTypeLike = {"f": np.float64, "i": np.int64, "u": np.uint64, "b": np.bool_}[kind]
+    try:
+        found = np.array(leaves, wide)
+    except OverflowError:
+        raise _unfit(dtype, where) from None
+    if kind in "iu" and found.size:
         limits = np.iinfo(dtype.value)
         if int(found.min()) < limits.min or int(found.max()) > limits.max:
-            raise InvalidInput(f"has a value that {dtype.value} does not have", field=where)
-        return found.astype(dtype.numpy)
+            raise _unfit(dtype, where)
     with np.errstate(over="ignore"):
-        made = found.astype(dtype.numpy)
-    if dtype.numpy.kind == "f" and bool((np.isinf(made) & ~np.isinf(found.astype(np.float64))).any()):
-        raise InvalidInput(f"has a value that {dtype.value} does not have", field=where)
+        made = found.astype(dtype.numpy, copy=False)
+    if kind == "f" and bool((np.isinf(made) & ~np.isinf(found)).any()):
+        raise _unfit(dtype, where)
     return made
 
 
-def _ragged(where: str) -> InvalidInput:
-    return InvalidInput("is no tensor: lists of different lengths, or something that is no number", field=where)
-
-
-def _strings(value: Any, where: str, most: int) -> Strings:
-    shape: list[int] = []
-    level = [value]
-    while isinstance(level[0] if level else None, list):
-        lengths = {len(one) if isinstance(one, list) else -1 for one in level}
-        if len(lengths) != 1 or len(shape) == MAX_RANK:
-            raise InvalidInput("is no tensor: lists of different lengths", field=where)
-        shape.append(lengths.pop())
-        level = [inner for one in level for inner in one]
-        if len(level) > min(most, MAX_STRINGS):
-            raise InvalidInput(f"has more than {most} elements; a request may have {MAX_STRINGS} strings", field=where)
-    return Strings(tuple(shape), [_bytes(one, where) for one in level])
+def _unfit(dtype: DType, where: str) -> InvalidInput:
+    return InvalidInput(f"has a value that {dtype.value} does not have", field=where)
 
 
 def _bytes(value: Any, where: str) -> bytes:
@@ -141,7 +144,7 @@ def write_tensor(tensor: Tensor, *, flat: bool = False) -> list[bytes]:
 
 
 def _write(array: npt.NDArray[Any], pieces: list[bytes]) -> None:
-    if array.size <= _PIECE or array.ndim == 0:
+    if _elements(array.shape) <= _PIECE or array.ndim == 0:
         pieces.append(_dumped(array))
         return
     pieces.append(b"[")
@@ -149,7 +152,7 @@ def _write(array: npt.NDArray[Any], pieces: list[bytes]) -> None:
         starts = range(0, array.size, _PIECE)
         pieces += [(b"," if at else b"") + _dumped(array[at : at + _PIECE])[1:-1] for at in starts]
     else:
-        rows = max(1, _PIECE // max(1, array.size // len(array)))
+        rows = max(1, _PIECE // _elements(array.shape[1:]))
         for at in range(0, len(array), rows):
             if at:
                 pieces.append(b",")
@@ -164,9 +167,26 @@ def _dumped(array: npt.NDArray[Any]) -> bytes:
     if array.ndim == 0:
         array = array.reshape(1)
         return _dumped(array)[1:-1]
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        return json.dumps(array.tolist(), separators=(",", ":")).encode()  # NaN and Infinity by name
+    if array.dtype.kind == "f":
+        # With the digits of a float64: read as one, as everybody does, and then narrowed, it is the same again.
+        array = array.astype(np.float64)
+        if not np.isfinite(array).all():
+            return _by_name(array)
     return orjson.dumps(array, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def _by_name(array: npt.NDArray[Any]) -> bytes:
+    """With NaN and Infinity, which orjson does not write; a few at a time, for json keeps Python's lock as well."""
+    if array.ndim > 1:
+        return b"[" + b",".join(map(_by_name, array)) + b"]"
+    starts = range(0, array.size, _SLOW_PIECE)
+    parts = [json.dumps(array[at : at + _SLOW_PIECE].tolist(), separators=(",", ":"))[1:-1] for at in starts]
+    return f"[{','.join(parts)}]".encode()
+
+
+def _elements(shape: tuple[int, ...]) -> int:
+    """How long it takes to write: a list of nothing is something."""
+    return math.prod(max(1, size) for size in shape)
 
 
 def _nested(items: Sequence[bytes], shape: tuple[int, ...]) -> bytes:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
@@ -24,6 +24,7 @@ from agent.serving.parse import Parser
 
 if TYPE_CHECKING:
     from agent.serving.http.server import HttpServer
+    from agent.serving.tls import Tls
 
 log = structlog.get_logger(__name__)
 
@@ -52,6 +53,7 @@ class GrpcServer:
         self._tasks: list[asyncio.Task[None]] = []
         self._health: health.Health | None = None
         self._http: HttpServer | None = None
+        self._tls: Tls | None = None
         self._issues = issues
         self.statuses: Mapping[int, int] = {}
         """HTTP's answers by their status."""
@@ -111,7 +113,7 @@ class GrpcServer:
             return
         from agent.serving.http.connection import Shared as HttpShared
         from agent.serving.http.exchange import Exchange as HttpExchange
-        from agent.serving.http.routes import OPEN, Routes
+        from agent.serving.http.routes import OPEN, Routes, check_host
         from agent.serving.http.server import Counted, HttpServer
 
         most = config.grpc.max_message
@@ -119,12 +121,16 @@ class GrpcServer:
         answer = Counted(Routes(exchange, self._health.good, metrics).answer)
         self.statuses = answer.statuses
 
-        def guard(path: str, headers: Iterable[tuple[str, str]]) -> None:
+        def guard(path: str, headers: Mapping[str, str]) -> None:
+            if not self._anywhere():
+                check_host(headers.get("host"))
             if self._keys is not None and path not in OPEN:
-                self._keys.check(path, headers)
+                self._keys.check(path, headers.items())
 
         handed = HttpShared(answer, shared.room, most, guard)
-        self._http = HttpServer(config.http.listen, handed, self._issues, opened)
+        self._http = HttpServer(
+            config.http.listen, handed, self._issues, opened, tls=self._tls, anywhere=self._anywhere()
+        )
         await self._http.open()
         self._tasks.append(asyncio.create_task(self._http.run(), name="http-connections"))
 
@@ -141,7 +147,16 @@ class GrpcServer:
 
     async def _start(self) -> list[str]:
         config = self._config.grpc
-        tcp = await asyncio.to_thread(endpoint.loopback, config.listen) if config.listen else None
+        if self._config.tls.certificate is not None:
+            from agent.serving.tls import Tls
+
+            self._tls = Tls(self._config.tls, self._issues)
+            await self._tls.load()
+        tcp = None
+        if config.listen:
+            tcp = await asyncio.to_thread(
+                endpoint.address, config.listen, "serving.grpc.listen", anywhere=self._anywhere()
+            )
         room = Room(HELD_MESSAGES * config.max_message)
         exchange = Exchange(self._dataplane, self._parser, max_message=config.max_message, room=room)
         services = (tfserving.SERVICE, tfserving.MODEL_SERVICE, kserve.SERVICE)
@@ -164,6 +179,8 @@ class GrpcServer:
         self._tasks.append(asyncio.create_task(self._tick(self._shared), name="connections"))
         if self._keys is not None:
             self._tasks.append(asyncio.create_task(self._keys.follow(), name="keys"))
+        if self._tls is not None:
+            self._tasks.append(asyncio.create_task(self._tls.follow(), name="certificate"))
         addresses = []
         if tcp is not None:
             addresses.append(await self._bind_tcp(*tcp))
@@ -173,6 +190,11 @@ class GrpcServer:
         addresses.append(f"unix:{self._socket_path}")
         log.info("listening", addresses=addresses)
         return addresses
+
+    def _anywhere(self) -> bool:
+        """Whether other hosts may reach the ports: what they send is sealed, and they say who they are."""
+        config = self._config
+        return self._tls is not None and (config.keys is not None or config.tls.client_ca is not None)
 
     async def _tick(self, shared: Shared) -> None:
         await asyncio.sleep(1.0)
@@ -211,7 +233,18 @@ class GrpcServer:
 
         loop = asyncio.get_running_loop()
         make = loop.create_unix_server if listener.family == socket.AF_UNIX else loop.create_server
-        self._servers.append(await make(lambda: Connection(shared, admitted, gone), sock=listener, backlog=BACKLOG))
+        sealed = sealing(self._tls, "h2") if listener.family != socket.AF_UNIX else {}
+        server = await make(lambda: Connection(shared, admitted, gone), sock=listener, backlog=BACKLOG, **sealed)
+        self._servers.append(server)
+
+
+def sealing(tls: Tls | None, protocol: str) -> dict[str, Any]:
+    """What `create_server` takes for TLS."""
+    if tls is None:
+        return {}
+    from agent.serving.tls import HANDSHAKE
+
+    return {"ssl": tls.context(protocol), "ssl_handshake_timeout": HANDSHAKE, "ssl_shutdown_timeout": HANDSHAKE}
 
 
 def bound(family: socket.AddressFamily, address: str | tuple[str, int]) -> socket.socket:

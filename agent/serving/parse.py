@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import structlog
 
-from agent.errors import Overloaded, Unavailable
+from agent.errors import Oversize, Unavailable
 from agent.executor.spawn import step_back
 from agent.model.protowire import read_varint
 from agent.serving import handover
@@ -28,8 +28,6 @@ from agent.spawning import PASSED, Child, spawn
 
 log = structlog.get_logger(__name__)
 
-SMALL = 64 << 10
-"""Bytes that are parsed here whatever they hold; at worst (32,000 map entries) it takes 2 ms."""
 LARGE = 4 << 20
 """Bytes from which on a message, or the tensors it stands for, are made in the child."""
 TIMEOUT = 10.0
@@ -63,7 +61,7 @@ class Parser:
         plain = form.plain(data, most=self._most, context=context)
         if plain is not None:
             return plain
-        if len(data) <= LARGE and (len(data) <= SMALL or is_light(data, form)):
+        if len(data) <= LARGE and (len(data) <= form.small or is_light(data, form)):
             try:
                 return form.read(data, most=min(self._most, LARGE), context=context)
             except TooLarge:
@@ -137,21 +135,25 @@ class _Child:
             return self._socket
         if (exit_status := self._give_up()) is not None:
             log.warning("parse_child_died", exit=exit_status, idle=True)
+        if self._stopped:
+            raise Unavailable("slotd is stopping")
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.settimeout(TIMEOUT)
-        with theirs, self._lock:
-            if self._stopped:
-                ours.close()
-                raise Unavailable("slotd is stopping")
-            argv = (sys.executable, "-I", "-m", "agent.serving.parse_child", str(PASSED), str(self._most))
-            environment = {"PATH": os.defpath, "OPENBLAS_NUM_THREADS": "1", "LANG": "C.UTF-8"}
-            try:
-                self._process = spawn(argv, env=environment, stdout=2, passed=theirs.fileno())
-            except OSError:
-                ours.close()
-                raise
-            self._socket = ours
-        step_back(self._process.pid)
+        argv = (sys.executable, "-I", "-m", "agent.serving.parse_child", str(PASSED), str(self._most))
+        environment = {"PATH": os.defpath, "OPENBLAS_NUM_THREADS": "1", "LANG": "C.UTF-8"}
+        try:
+            with theirs:  # not under the lock, which the loop takes to stop it
+                process = spawn(argv, env=environment, stdout=2, passed=theirs.fileno())
+        except OSError:
+            ours.close()
+            raise
+        step_back(process.pid)
+        with self._lock:
+            self._process, self._socket = process, ours
+            stopped = self._stopped
+        if stopped:
+            self._give_up()
+            raise Unavailable("slotd is stopping")
         return ours
 
     def parse(self, data: bytes | memoryview, form: int, context: bytes) -> Parsed:
@@ -206,9 +208,9 @@ class _Descriptor:
         os.close(self._number)
 
 
-def _lost() -> Overloaded:
-    return Overloaded(
+def _lost() -> Oversize:
+    return Oversize(
         "the request could not be parsed within the memory and the time that it may take",
         field="request",
-        hint="send fewer or larger tensors",
+        hint="send fewer or larger tensors; over HTTP, as bytes behind the JSON document",
     )

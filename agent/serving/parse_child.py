@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import traceback
 
-from agent.errors import Overloaded, SlotdError
+from agent.errors import InvalidInput, Oversize, SlotdError
 from agent.executor import sandbox
 from agent.serving import handover
 from agent.serving.forms import FORMS, Form
@@ -18,8 +19,9 @@ from agent.serving.tensorproto import Parsed
 
 _FILES = 16
 _BASE_MEMORY = 256 << 20
-_COPIES = 10
-"""How often the largest request may lie in memory: as bytes, as protobuf (lists double as they grow), as tensors."""
+_COPIES = 20
+"""How often the largest request may lie in memory: as bytes, as protobuf (lists double as they grow), as tensors; the
+numbers of JSON have ten times its bytes."""
 
 
 def main() -> None:
@@ -55,7 +57,10 @@ def _outcome(form: Form, data: bytes, context: bytes, most: int) -> Parsed | Slo
     except SlotdError as error:
         return error
     except MemoryError:
-        return Overloaded("the request needs more memory to parse than it may have", field="request")
+        return Oversize("the request needs more memory to parse than it may have", field="request")
+    except Exception:  # our own mistake, which must not cost the next one its child
+        traceback.print_exc()
+        return InvalidInput("cannot be read", field="request")
 
 
 if __name__ == "__main__":

@@ -709,15 +709,16 @@ async def test_keys_are_asked_for_over_tcp(tmp_path: Path) -> None:
             before = len(house.dataplane.requests)
             with grpc.insecure_channel(tcp, CHANNEL_OPTIONS) as channel, pytest.raises(grpc.RpcError) as caught:
                 await asyncio.to_thread(channel.unary_unary(PREDICT), bytes(30 << 20), timeout=20)
-            assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+            assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED, caught.value
             assert len(house.dataplane.requests) == before
             async with grpc.aio.insecure_channel(tcp) as channel:
                 health = health_pb2_grpc.HealthStub(channel)
                 assert (await health.Check(health_pb2.HealthCheckRequest())).status == SERVING
-                described = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(
-                    iter([reflection_pb2.ServerReflectionRequest(list_services="")])
-                )
-                assert (await refused(described.read())).code() is grpc.StatusCode.UNAUTHENTICATED
+            with grpc.insecure_channel(tcp) as channel, pytest.raises(grpc.RpcError) as caught:
+                asked = iter([reflection_pb2.ServerReflectionRequest(list_services="")])
+                described = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(asked, timeout=20)
+                await asyncio.to_thread(list, described)
+            assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
             # Another key, while it runs.
             keys.write_text(f"{two}\n{one}\n")
             async with asyncio.timeout(10):

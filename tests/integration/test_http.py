@@ -226,7 +226,9 @@ async def test_a_client_that_goes_away_takes_its_request_with_it(house: House) -
     house.dataplane.hold = asyncio.Event()
     body = json.dumps({"instances": X}).encode()
     _, writer = await asyncio.open_connection("127.0.0.1", house.port)
-    writer.write(b"POST /v1/models/toy:predict HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+    writer.write(
+        b"POST /v1/models/toy:predict HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n" % len(body) + body
+    )
     await until(lambda: len(house.dataplane.requests) == 1)
     writer.close()
     await until(lambda: house.dataplane.cancelled == 1)
@@ -236,7 +238,7 @@ async def test_priority_and_deadline(house: House) -> None:
     body = json.dumps({"instances": X}).encode()
     await house.ask("POST", "/v1/models/toy:predict", body, slotd_priority="7", slotd_timeout_ms="1500")
     (request,) = house.dataplane.requests
-    assert (request.priority, request.timeout, request.model) == (7, 1.5, "toy")
+    assert (request.priority, request.model) == (7, "toy") and 1 < request.timeout <= 1.5
     for headers in ({"slotd_priority": "10"}, {"slotd_timeout_ms": "0"}, {"slotd_timeout_ms": "soon"}):
         assert (await house.ask("POST", "/v1/models/toy:predict", body, **headers))[0] == 400
 
@@ -251,7 +253,7 @@ async def test_when_to_come_back(house: House) -> None:
     writer.write(b"POST /v1/models/toy:predict HTTP/1.0\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
     answer = (await reader.read()).decode()
     writer.close()
-    assert answer.startswith("HTTP/1.1 503 Service Unavailable\r\n")
+    assert answer.startswith("HTTP/1.1 503 ")
     assert "\r\nretry-after: 2\r\n" in answer
 
 

@@ -107,7 +107,9 @@ class Residents:
         self.models: dict[str, Any] = {}
 
     def add(self, digest: str) -> Any:
-        self.models[digest] = SimpleNamespace(model=model(digest), bridge=object(), signature=object())
+        self.models[digest] = SimpleNamespace(
+            model=model(digest), bridge=object(), signature=object(), measured=True, service=0.01
+        )
         self.arbiter.bridge_ready(digest, hash(digest))
         return self.models[digest]
 

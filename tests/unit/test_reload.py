@@ -69,6 +69,9 @@ class TestChanges:
     @pytest.mark.parametrize("field", [name for name in EFFECTS if name not in ("embedded", "slot.driver")])
     def test_each_field_is_told_and_a_restart_is_waited_for(self, field: str) -> None:
         before = Config(embedded=True)
+        if field.startswith("serving.tls."):  # certificate and key go together
+            tls = {"certificate": "/certificate", "key": "/key"}
+            before = Config.model_validate({"embedded": True, "serving": {"tls": tls}})
         after = _set(before, field, _other(field, values(before)[field]))
         (change,) = changes(before, after)
         assert (change.field, change.before) == (field, values(before)[field])
@@ -89,6 +92,10 @@ class TestChanges:
             "serving.grpc.socket",
             "serving.grpc.max_message",
             "serving.grpc.max_streams",
+            "serving.http.listen",
+            "serving.tls.certificate",
+            "serving.tls.key",
+            "serving.tls.client_ca",
             "serving.keys",
         ]
         assert {field for field, effect in EFFECTS.items() if effect is Effect.LAUNCH} == {

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from agent.errors import InvalidInput, Overloaded, Unimplemented
+from agent.errors import InvalidInput, Overloaded, Oversize, Unimplemented
 
 T = TypeVar("T")
 
@@ -34,6 +34,10 @@ class Room:
         """Raises Overloaded."""
         if size > self.free:
             raise Overloaded("too many bytes of requests are in hand", retry_after=0.1)
+        self.free -= size
+
+    def owe(self, size: int) -> None:
+        """Takes it though there may be none left: for what cannot be refused any more. Then others wait."""
         self.free -= size
 
     def give(self, size: int) -> None:
@@ -169,7 +173,7 @@ def unpack(data: bytes | memoryview, encoding: str, most: int) -> bytes:
     except zlib.error as error:
         raise InvalidInput(f"the message cannot be unpacked: {error}", field="request") from None
     if len(unpacked) > most:
-        raise Overloaded(f"a message of more than {most} bytes when unpacked", field="request")
-    if not machine.eof:
-        raise InvalidInput("the packed message is cut short", field="request")
+        raise Oversize(f"a message of more than {most} bytes when unpacked", field="request")
+    if not machine.eof or machine.unused_data:
+        raise InvalidInput("the packed message is cut short, or has more behind its end", field="request")
     return unpacked

@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import os
+import time
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
-from agent.errors import InvalidInput, Oversize, Unimplemented
+from agent.errors import DeadlineExceeded, InvalidInput, Oversize, Unimplemented
 from agent.executor.seat import Seat
 from agent.model.signature import Strings
 from agent.serving.binding import ModelFields
 from agent.serving.dataplane import Answer, Dataplane
 from agent.serving.dataplane import Request as Wanted
-from agent.serving.exchange import SLOW_ELEMENTS, priority_of, served
+from agent.serving.exchange import priority_of, served
 from agent.serving.forms import Form
 from agent.serving.h2.messages import Room, in_turn, unpack
+from agent.serving.handover import write_all
 from agent.serving.http.messages import Body, Request, Response
 from agent.serving.parse import LARGE, Parser
 from agent.serving.tensorproto import Parsed
 
 FIELDS = ModelFields("model", "version")
+Read = Callable[[Body], Awaitable[Parsed]]
 Encode = Callable[[Answer, Parsed], Response]
+_COPIED = 1 << 20
+_FEW = 512
+"""Strings, or rows of all outputs together, that are written on the loop."""
+_FEW_ELEMENTS = 8192
+_FEW_BYTES = 64 << 10
 
 
 class Exchange:
@@ -34,46 +43,51 @@ class Exchange:
         self._unpacking = asyncio.Lock()
 
     def served(self, name: str, version: int | None) -> Seat:
-        """The model that answers, if it is the one that is meant. Raises NotFound, Unavailable."""
+        """The model that answers, if it is the one that is meant; no name is any. Raises NotFound, Unavailable."""
         return served(self._dataplane, name, version, FIELDS)
 
-    def any_served(self) -> Seat:
-        """The model that answers. Raises Unavailable."""
-        return served(self._dataplane, "", None, FIELDS)
+    def reader(self, form: Form, context: bytes, model: str, version: int | None) -> Read:
+        """Reads bodies of a form as requests for this model."""
 
-    async def body(self, request: Request) -> Body:
-        """Its bytes, unpacked. Raises InvalidInput, Oversize, Unimplemented."""
-        encoding = request.headers.get("content-encoding", "identity").strip().lower()
-        if encoding == "identity":
-            return request.body
-        if encoding not in ("gzip", "deflate"):
-            raise Unimplemented(f"is {encoding[:50]!r}", field="content-encoding", hint="use gzip, deflate or none")
-        return await in_turn(self._unpacking, None, unpack, request.body, encoding, self._most)
+        async def read(body: Body) -> Parsed:
+            return replace(await self._parser.parse(body, form, context), model=model, version=version)
 
-    async def parse(self, request: Request, form: Form, context: bytes, model: str, version: int | None) -> Parsed:
-        """A request for this model. Raises SlotdError."""
-        parsed = await self._parser.parse(await self.body(request), form, context)
-        return replace(parsed, model=model, version=version)
+        return read
 
-    async def answer(self, parsed: Parsed, request: Request, encode: Encode) -> Response:
+    async def answer(self, request: Request, read: Read, encode: Encode) -> Response:
         """Its answer, encoded; who gave it is told in headers. Raises SlotdError."""
-        size = sum(tensor.nbytes for tensor in parsed.inputs.values())
-        grown = max(0, size - len(request.body))  # packed, or as text, it may be less than what it has become
-        self._room.take(grown)
+        timeout = _timeout(request)
+        deadline = None if timeout is None else request.received + timeout
+        held = 0
         try:
+            try:
+                async with asyncio.timeout(None if deadline is None else max(0.0, deadline - time.monotonic())):
+                    body = request.body
+                    if (packed := await self._unpacked(request)) is not None:
+                        body = packed
+                        self._room.take(len(body))
+                        held = len(body)
+                    parsed = await read(body)
+            except TimeoutError:
+                raise DeadlineExceeded("the deadline passed before the request was read") from None
+            # Packed, or as text, it may have been less than what it has become.
+            grown = max(0, sum(tensor.nbytes for tensor in parsed.inputs.values()) - len(body))
+            self._room.take(grown)
+            held += grown
+            left = None if deadline is None else deadline - time.monotonic()
             wanted = Wanted(
                 parsed.inputs,
                 model=parsed.model,
                 version=parsed.version,
                 outputs=parsed.outputs,
-                timeout=_timeout(request),
+                timeout=left,
                 priority=priority_of(request.headers.items()),
-                size=len(request.body),
+                size=len(body),
                 fields=FIELDS,
             )
             answer = await self._dataplane.predict(wanted)
         finally:
-            self._room.give(grown)
+            self._room.give(held)
         told = (
             ("slotd-served-by", answer.served_by),
             ("slotd-model-digest", answer.digest),
@@ -82,6 +96,15 @@ class Exchange:
         response = await self._encoded(answer, parsed, encode)
         response.headers += told
         return response
+
+    async def _unpacked(self, request: Request) -> bytes | None:
+        """The body, if it came packed. Raises InvalidInput, Oversize, Unimplemented."""
+        encoding = request.headers.get("content-encoding", "identity").strip().lower()
+        if encoding == "identity":
+            return None
+        if encoding not in ("gzip", "deflate"):
+            raise Unimplemented(f"is {encoding[:50]!r}", field="content-encoding", hint="use gzip, deflate or none")
+        return await in_turn(self._unpacking, None, unpack, request.body, encoding, self._most)
 
     async def _encoded(self, answer: Answer, parsed: Parsed, encode: Encode) -> Response:
         if not _slow(answer, parsed):
@@ -94,18 +117,43 @@ class Exchange:
 
     def _bounded(self, response: Response) -> Response:
         # As text, a tensor has several times its bytes.
-        if (size := sum(map(len, response.body))) > 8 * self._most:
+        if (size := sum(map(len, response.body))) > 4 * self._most:
             raise Oversize(f"the reply has {size} bytes", hint="name the outputs that you need, or take them as bytes")
         return response
 
 
+async def as_bytes(body: Body) -> bytes:
+    """A copy, made without Python's lock if it is large."""
+    if isinstance(body, bytes):
+        return body
+    return bytes(body) if len(body) <= _COPIED else await asyncio.to_thread(_copied, body)
+
+
+def _copied(body: memoryview) -> bytes:
+    memory = os.memfd_create("body", os.MFD_CLOEXEC)
+    try:
+        write_all(memory, body, 0)
+        return os.pread(memory, len(body), 0)
+    finally:
+        os.close(memory)
+
+
 def _slow(answer: Answer, parsed: Parsed) -> bool:
-    size = elements = 0
+    """Whether it takes more than a millisecond to write it."""
+    size = text = elements = strings = rows = 0
     for name, tensor in answer.outputs.items():
         size += tensor.nbytes
-        if isinstance(tensor, Strings) or not parsed.binary.get(name, parsed.binary.get("", False)):
-            elements += len(tensor.items) if isinstance(tensor, Strings) else tensor.size
-    return size > LARGE or elements > SLOW_ELEMENTS // 4
+        if parsed.rows and tensor.shape:
+            rows += tensor.shape[0]
+        if isinstance(tensor, Strings):
+            strings += len(tensor.items)
+            text += tensor.nbytes
+        elif not parsed.binary.get(name, parsed.binary.get("", False)):
+            count = 1
+            for length in tensor.shape:
+                count *= max(1, length)  # a list of nothing is something
+            elements += count
+    return size > LARGE or text > _FEW_BYTES or elements > _FEW_ELEMENTS or max(strings, rows) > _FEW
 
 
 def _timeout(request: Request) -> float | None:

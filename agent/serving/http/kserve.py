@@ -30,8 +30,8 @@ _LENGTH = struct.Struct("<I")
 
 async def infer(exchange: Exchange, request: Request, name: str, version: int | None) -> Response:
     """The outputs, as JSON or as bytes behind it. Raises SlotdError."""
-    parsed = await exchange.parse(request, INFER_JSON, infer_context(_head(request)), name, version)
-    return await exchange.answer(parsed, request, encode)
+    read = exchange.reader(INFER_JSON, infer_context(_head(request)), name, version)
+    return await exchange.answer(request, read, encode)
 
 
 def encode(answer: Answer, parsed: Parsed) -> Response:

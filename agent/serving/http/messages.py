@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -27,6 +28,8 @@ class Request:
     path: str
     headers: Mapping[str, str]
     body: Body = b""
+    received: float = field(default_factory=time.monotonic)
+    """When all of it was there, by the monotonic clock."""
 
     @property
     def content_type(self) -> str:
@@ -45,20 +48,24 @@ class Response:
     text: str = field(default="", repr=False)
     """The body, if that is a text."""
 
-    def parts(self, *, keep: bool, head: bool) -> list[Body]:
-        """The response as it goes out; `head`: without its body, as HEAD is answered."""
-        body = [self.text.encode()] if self.text else list(self.body)
-        lines = [
-            f"HTTP/1.1 {self.status} {_REASONS.get(self.status, 'Unknown')}",
-            f"content-type: {self.content_type}",
-            f"content-length: {sum(map(len, body))}",
-            "x-content-type-options: nosniff",
-            *(f"{name}: {printable(value)}" for name, value in self.headers),
+    def bytes(self) -> list[Body]:
+        """The body."""
+        return [self.text.encode()] if self.text else list(self.body)
+
+    def fields(self, body: Sequence[Body], *, last: bool) -> list[tuple[str, str]]:
+        """All headers; `last`: the connection ends with this one."""
+        fields = [
+            ("content-type", self.content_type),
+            ("content-length", str(sum(map(len, body)))),
+            ("x-content-type-options", "nosniff"),
+            *((name, printable(value)) for name, value in self.headers),
         ]
-        if not keep:
-            lines.append("connection: close")
-        written: Body = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
-        return [written] if head else [written, *body]
+        return [*fields, ("connection", "close")] if last else fields
+
+    def head(self, body: Sequence[Body]) -> Body:
+        """All that comes before the body, of a response that is the last."""
+        lines = [f"{name}: {value}" for name, value in self.fields(body, last=True)]
+        return "\r\n".join((f"HTTP/1.1 {self.status} {_REASONS.get(self.status, 'Error')}", *lines, "", "")).encode()
 
 
 Answer = Callable[[Request], Awaitable[Response]]
@@ -74,16 +81,21 @@ def json_response(document: object, *, status: int = 200, headers: tuple[tuple[s
 
 def error_response(error: SlotdError) -> Response:
     """`error` is what TensorFlow Serving's and KServe's clients show; the rest is for those who look further."""
-    document = {"error": str(error)[:MAX_TEXT], "code": error.code}
+    document = {"error": _text(str(error)), "code": error.code}
     for name in ("field", "hint"):
         if (value := getattr(error, name)) is not None:
-            document[name] = value[:MAX_TEXT]
+            document[name] = _text(value)
     headers: tuple[tuple[str, str], ...] = ()
     if error.retry_after is not None and isinstance(error, Overloaded | Unavailable):
         headers = (("retry-after", str(max(1, math.ceil(error.retry_after)))),)
     elif isinstance(error, Unauthenticated):
         headers = (("www-authenticate", "Bearer"),)
     return json_response(document, status=error.http, headers=headers)
+
+
+def _text(text: str) -> str:
+    """What a client sent may be quoted, and need be no Unicode."""
+    return text[:MAX_TEXT].encode(errors="replace").decode()
 
 
 def printable(text: str) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ipaddress
+import socket
 from collections.abc import Callable
 
-from agent.errors import NotFound, SlotdError, Unavailable
+from agent.errors import Forbidden, NotFound, SlotdError, Unavailable
 from agent.serving.http import kserve, score, tfserving
 from agent.serving.http.exchange import Exchange
 from agent.serving.http.messages import TEXT, Request, Response, json_response
@@ -15,6 +17,20 @@ OPEN = ("/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")
 """Paths that need no key: what asks whether a host is well is rarely told secrets."""
 _METRICS = "text/plain; version=0.0.4; charset=utf-8"
 _DIGITS = 18
+
+
+def check_host(host: str | None) -> None:
+    """Whether this is how a port on loopback is called. A page in a browser on this host may call it by a name of its
+    own, and would read the answers. Raises Forbidden."""
+    name = (host or "").rpartition("@")[2]
+    name = name[: name.rindex("]") + 1] if "]" in name else name.partition(":")[0]
+    try:
+        ipaddress.ip_address(name.strip("[]"))
+    except ValueError:
+        if name.lower() not in ("", "localhost", socket.gethostname().lower()):
+            raise Forbidden(
+                f"this is not {short(name)!r}", field="host", hint="call it 127.0.0.1 or localhost, or set serving.tls"
+            ) from None
 
 
 class Routes:
@@ -56,6 +72,8 @@ class Routes:
             rest[-1], _, verb = rest[-1].rpartition(":")
         metadata = not verb and len(rest) > 1 and rest[-1] == "metadata" and len(rest) % 2 == 0
         name, *chosen = rest[:-1] if metadata else rest
+        if not name:
+            raise _nothing(request)
         version = _version(chosen, request)
         if verb:
             if verb in ("classify", "regress"):
@@ -91,6 +109,8 @@ class Routes:
     async def _v2_model(self, request: Request, rest: list[str]) -> Response:
         """NAME[/versions/N][/ready|/infer]"""
         name, *rest = rest
+        if not name:
+            raise _nothing(request)
         version = None
         if rest[:1] == ["versions"] and len(rest) >= 2:
             version, rest = _number(rest[1]), rest[2:]

@@ -6,7 +6,7 @@ from agent.errors import InvalidInput, Unimplemented
 from agent.model.signature import DType, Strings, Tensor
 from agent.serving.dataplane import Answer
 from agent.serving.http import tfserving
-from agent.serving.http.exchange import Exchange
+from agent.serving.http.exchange import Exchange, as_bytes
 from agent.serving.http.messages import JSON, Body, Request, Response
 from agent.serving.jsontensors import write_name, write_tensor
 from agent.serving.tensorproto import Parsed
@@ -16,7 +16,7 @@ METHOD_TEXT = "POST a picture (JPEG or PNG) to /score; its scores come back as a
 
 async def score(exchange: Exchange, request: Request) -> Response:
     """The only picture's scores; a JSON body is answered as TensorFlow Serving does. Raises SlotdError."""
-    seat = exchange.any_served()
+    seat = exchange.served("", None)
     if request.content_type == JSON:
         return await tfserving.predict(exchange, request, seat, "", None)
     taken = [spec for spec in seat.signature.inputs.values() if spec.dtype is DType.STRING]
@@ -24,11 +24,14 @@ async def score(exchange: Exchange, request: Request) -> Response:
         raise Unimplemented(
             f"{seat.model.name} takes no pictures but tensors", hint="send JSON, or call /v1/models or /v2/models"
         )
-    picture = await exchange.body(request)
-    if not len(picture):
-        raise InvalidInput("is empty", field="request", hint="send a picture: curl --data-binary @picture.jpg")
-    shape = (1,) * len(taken[0].shape)
-    return await exchange.answer(Parsed({taken[0].name: Strings(shape, [bytes(picture)])}), request, encode)
+    name, shape = taken[0].name, (1,) * len(taken[0].shape)
+
+    async def read(body: Body) -> Parsed:
+        if not len(body):
+            raise InvalidInput("is empty", field="request", hint="send a picture: curl --data-binary @picture.jpg")
+        return Parsed({name: Strings(shape, [await as_bytes(body)])})
+
+    return await exchange.answer(request, read, encode)
 
 
 def encode(answer: Answer, _: Parsed) -> Response:

@@ -6,6 +6,7 @@ import asyncio
 import socket
 from collections import Counter
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -14,7 +15,10 @@ from agent.health.issues import Issues
 from agent.serving import endpoint
 from agent.serving.http.connection import Connection, Shared
 from agent.serving.http.messages import Answer, Request, Response
-from agent.serving.listen import BACKLOG, MAX_CONNECTIONS, bound, until
+from agent.serving.listen import BACKLOG, MAX_CONNECTIONS, bound, sealing, until
+
+if TYPE_CHECKING:
+    from agent.serving.tls import Tls
 
 log = structlog.get_logger(__name__)
 
@@ -26,8 +30,19 @@ ISSUE = "http-listen"
 class HttpServer:
     """`open`, then `run` until it is cancelled, then `close`."""
 
-    def __init__(self, listen: str, shared: Shared, issues: Issues, opened: Callable[[str], None]) -> None:
-        """`opened` is told http://host:port once it listens."""
+    def __init__(
+        self,
+        listen: str,
+        shared: Shared,
+        issues: Issues,
+        opened: Callable[[str], None],
+        *,
+        tls: Tls | None = None,
+        anywhere: bool = False,
+    ) -> None:
+        """`opened` is told http://host:port once it listens; `anywhere`: on other addresses than loopback, too."""
+        self._tls = tls
+        self._anywhere = anywhere
         self._listen = listen
         self._shared = shared
         self._issues = issues
@@ -37,7 +52,9 @@ class HttpServer:
     async def open(self) -> None:
         """It listens; why it does not is an issue."""
         try:
-            host, port = await asyncio.to_thread(endpoint.loopback, self._listen, "serving.http.listen")
+            host, port = await asyncio.to_thread(
+                endpoint.address, self._listen, "serving.http.listen", anywhere=self._anywhere
+            )
             literal = f"[{host}]" if ":" in host else host
             try:
                 listener = bound(socket.AF_INET6 if ":" in host else socket.AF_INET, (host, port))
@@ -60,9 +77,12 @@ class HttpServer:
 
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(
-            lambda: Connection(shared, admitted, gone), sock=listener, backlog=BACKLOG
+            lambda: Connection(shared, admitted, gone),
+            sock=listener,
+            backlog=BACKLOG,
+            **sealing(self._tls, "http/1.1"),
         )
-        address = f"http://{literal}:{listener.getsockname()[1]}"
+        address = f"http{'s' if self._tls else ''}://{literal}:{listener.getsockname()[1]}"
         log.info("http_listening", address=address)
         self._opened(address)
 
@@ -72,10 +92,14 @@ class HttpServer:
         while True:
             await asyncio.sleep(1.0)
             seconds += 1.0
-            self._shared.tick()
-            if self._server is None and seconds >= EVERY:
-                seconds = 0.0
-                await self.open()
+            try:
+                self._shared.tick()
+                if self._server is None and seconds >= EVERY:
+                    seconds = 0.0
+                    await self.open()
+            except Exception as fault:  # our own mistake: connections are looked after all the same
+                log.exception("http_fault")
+                self._issues.fault("http", fault)
 
     async def close(self, grace: float, closing: float) -> None:
         """Requests in hand get `grace` seconds, then they end with UNAVAILABLE."""

@@ -24,10 +24,14 @@ from agent.serving.tfserving import METADATA, METHOD, NUMBERS, check_signature
 
 async def predict(exchange: Exchange, request: Request, seat: Seat, name: str, version: int | None) -> Response:
     """`predictions` for `instances`, `outputs` for `inputs`. Raises SlotdError."""
-    context = predict_context(seat.signature.inputs)
-    parsed = await exchange.parse(request, PREDICT_JSON, context, name, version)
-    check_signature(parsed.signature, "signature_name")
-    return await exchange.answer(parsed, request, encode)
+    reader = exchange.reader(PREDICT_JSON, predict_context(seat.signature.inputs), name, version)
+
+    async def read(body: Body) -> Parsed:
+        parsed = await reader(body)
+        check_signature(parsed.signature, "signature_name")
+        return parsed
+
+    return await exchange.answer(request, read, encode)
 
 
 def encode(answer: Answer, parsed: Parsed) -> Response:
