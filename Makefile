@@ -4,6 +4,8 @@ VENV := .venv
 VENV_DEMO := .venv-demo
 VENV_TENSORFLOW := .venv-tensorflow
 VENV_CLIENTS := .venv-clients
+# Here, because a comma would end an argument of `call`.
+TRITON_CLIENT := tritonclient[grpc,http]==2.73.0
 PYTEST = $(VENV)/bin/python -m pytest
 # What the tests start as real parts, and the Debian packages that bring it.
 TOOLS := mosquitto mosquitto_pub docker-registry htpasswd skopeo umoci curl
@@ -55,7 +57,7 @@ $(VENV_TENSORFLOW)/.installed: Makefile
 	$(call environment,$(VENV_TENSORFLOW),tensorflow-cpu==2.21.0 numpy simplejpeg pillow)
 
 $(VENV_CLIENTS)/.installed: Makefile
-	$(call environment,$(VENV_CLIENTS),'tritonclient[grpc,http]==2.73.0')
+	$(call environment,$(VENV_CLIENTS),'$(TRITON_CLIENT)')
 
 # Without what it depends on, which would be TensorFlow once more.
 $(VENV_TENSORFLOW)/.serving: $(VENV_TENSORFLOW)/.installed

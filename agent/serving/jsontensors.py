@@ -178,7 +178,12 @@ def _dumped(array: npt.NDArray[Any]) -> bytes:
 def _by_name(array: npt.NDArray[Any]) -> bytes:
     """With NaN and Infinity, which orjson does not write; a few at a time, for json keeps Python's lock as well."""
     if array.ndim > 1:
-        return b"[" + b",".join(map(_by_name, array)) + b"]"
+        if array.size <= _SLOW_PIECE:
+            return json.dumps(array.tolist(), separators=(",", ":")).encode()
+        rows = max(1, _SLOW_PIECE // _elements(array.shape[1:]))
+        if rows == 1:
+            return b"[" + b",".join(map(_by_name, array)) + b"]"
+        return b"[" + b",".join(_by_name(array[at : at + rows])[1:-1] for at in range(0, len(array), rows)) + b"]"
     starts = range(0, array.size, _SLOW_PIECE)
     parts = [json.dumps(array[at : at + _SLOW_PIECE].tolist(), separators=(",", ":"))[1:-1] for at in starts]
     return f"[{','.join(parts)}]".encode()

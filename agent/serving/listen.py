@@ -127,7 +127,7 @@ class GrpcServer:
             if self._keys is not None and path not in OPEN:
                 self._keys.check(path, headers.items())
 
-        handed = HttpShared(answer, shared.room, most, guard)
+        handed = HttpShared(answer, shared.room, most, guard, answer.count)
         self._http = HttpServer(
             config.http.listen, handed, self._issues, opened, tls=self._tls, anywhere=self._anywhere()
         )

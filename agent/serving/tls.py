@@ -27,9 +27,10 @@ HANDSHAKE = 5.0
 _DAY = 86400.0
 _NEAR = ((1, "critical"), (7, "error"), (30, "warning"))
 """Days before the end, and how grave that is."""
+PROTOCOLS = ("h2", "http/1.1")
 _FILES, _END = "serving-tls", "serving-tls-end"
 
-_Mark = tuple[tuple[int, int, int] | None, ...]
+_Mark = tuple[tuple[int, ...] | None, ...]
 
 
 class Tls:
@@ -44,13 +45,12 @@ class Tls:
 
     async def load(self) -> None:
         """Reads the files. Raises InvalidConfig naming the one at fault."""
-        self._seen, self._end = await asyncio.to_thread(self._load)
+        self._seen, self._end, self._now = await asyncio.to_thread(self._load)
         self._tell_end()
 
     def context(self, protocol: str) -> ssl.SSLContext:
         """For a port that speaks `protocol` (as ALPN names it); always with the files that were read last."""
-        context = self._made(protocol)
-        self._now[protocol] = context
+        context = self._now[protocol]
 
         def newest(handshake: ssl.SSLObject, _name: str | None, _context: ssl.SSLContext) -> None:
             handshake.context = self._now[protocol]
@@ -62,14 +62,19 @@ class Tls:
         """Until it is cancelled."""
         while True:
             await asyncio.sleep(EVERY)
-            await self.refresh()
+            try:
+                await self.refresh()
+            except Exception as fault:  # our own mistake: the certificate stays as it is, and it is told
+                log.exception("certificate_not_read")
+                self._issues.fault("serving-tls-fault", fault)
 
     async def refresh(self) -> None:
         """Reads the files again if they are others."""
-        if await asyncio.to_thread(self._mark) != self._seen:
+        mark = await asyncio.to_thread(self._mark)
+        if mark != self._seen:
+            self._seen = mark  # whatever comes of it: another look at the same files tells nothing new
             try:
-                self._seen, self._end = await asyncio.to_thread(self._load)
-                self._now = {protocol: self._made(protocol) for protocol in self._now}
+                self._seen, self._end, self._now = await asyncio.to_thread(self._load)
             except InvalidConfig as fault:
                 self._issues.raise_(_FILES, "error", f"{fault}: the certificate from before is used on", fault.hint)
             else:
@@ -87,16 +92,16 @@ class Tls:
                 return
         self._issues.clear(_END)
 
-    def _load(self) -> tuple[_Mark, float]:
+    def _load(self) -> tuple[_Mark, float, dict[str, ssl.SSLContext]]:
         mark = self._mark()  # before: what is written meanwhile is another mark
-        self._made("h2")
+        made = {protocol: self._made(protocol) for protocol in PROTOCOLS}
         path = self._config.certificate
         assert path is not None
         try:
             end = x509.load_pem_x509_certificate(path.read_bytes()).not_valid_after_utc.timestamp()
         except (OSError, ValueError) as error:
             raise _fault("certificate", path, str(error)) from None
-        return mark, end
+        return mark, end, made
 
     def _made(self, protocol: str) -> ssl.SSLContext:
         config = self._config
@@ -116,14 +121,17 @@ class Tls:
                 raise InvalidConfig(f"{path} is open to everybody", field="serving.tls.key", hint=f"chmod o= {path}")
         try:
             context.load_cert_chain(config.certificate, config.key, password=_no_password)
-        except (ssl.SSLError, ValueError) as error:
+        except (OSError, ValueError) as error:  # an SSLError is an OSError
             raise _fault("key", config.key, f"does not go with {config.certificate}: {error}") from None
         if config.client_ca is not None:
             try:
                 context.load_verify_locations(config.client_ca)
-            except ssl.SSLError as error:
+            except OSError as error:
                 raise _fault("client_ca", config.client_ca, str(error)) from None
             context.verify_mode = ssl.CERT_REQUIRED
+            # Who was let in must show a certificate again the next time: its CA may be gone by then.
+            context.minimum_version = ssl.TLSVersion.TLSv1_3
+            context.num_tickets = 0
         return context
 
     def _mark(self) -> _Mark:
@@ -134,12 +142,16 @@ def _no_password() -> str:
     raise ValueError("the key has a password, for which nobody can be asked")
 
 
-def _mark(path: Path | None) -> tuple[int, int, int] | None:
+def _mark(path: Path | None) -> tuple[int, ...] | None:
     try:
         found = path.stat() if path is not None else None
     except OSError:
         return None
-    return (found.st_ino, found.st_mtime_ns, found.st_size) if found is not None else None
+    return (
+        (found.st_ino, found.st_mtime_ns, found.st_size, found.st_mode, found.st_ctime_ns)
+        if found is not None
+        else None
+    )
 
 
 def _fault(name: str, path: Path, text: str) -> InvalidConfig:

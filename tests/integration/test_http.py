@@ -9,6 +9,7 @@ import json
 import os
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from agent.config import GrpcConfig, HttpConfig, ServingConfig
 from agent.errors import Unavailable
 from agent.forge.pack import pack
 from agent.health.issues import Issues
+from agent.serving import listen
 from agent.serving.listen import GrpcServer
 from support.fake_dataplane import FakeDataplane
 from support.host import Host
@@ -299,6 +301,59 @@ async def test_the_loop_goes_on_while_large_bodies_come(house: House, tmp_path: 
         process = await asyncio.create_subprocess_exec(*argv, stdout=subprocess.PIPE)
         answer, _ = await process.communicate()
     assert answer.startswith(b"{")
+
+
+HEAD = b"POST /v1/models/toy:predict HTTP/1.1\r\nHost: localhost\r\n"
+
+
+SENDER = """
+import socket, sys, threading
+def send():
+    with socket.create_connection(("127.0.0.1", int(sys.argv[1])), 10) as connection:
+        connection.settimeout(5)
+        try:
+            connection.sendall(open(sys.argv[2], "rb").read())
+            while connection.recv(1 << 16):
+                pass
+        except OSError:
+            pass
+threads = [threading.Thread(target=send) for _ in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+"""
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(HEAD + b"a:\r\n" * 60_000 + b"\r\n", id="many headers"),
+        pytest.param(HEAD + b"a:" + b" " * 250_000 + b"\0\r\n\r\n", id="spaces"),
+        pytest.param(HEAD + b"a:" + b" " * 30_000 + b"\0\r\n\r\n", id="spaces within the bound"),
+        pytest.param(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n" * 6_000, id="requests without a key"),
+        pytest.param(HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * 200_000, id="tiny chunks"),
+        pytest.param(HEAD + b"Transfer-Encoding: chunked\r\n\r\n1;" + b"\t" * 200_000 + b"\n", id="a chunk's head"),
+        pytest.param(HEAD + b"Transfer-Encoding: chunked\r\n\r\n0\r\n" + b"a: b\r\n" * 100_000, id="many trailers"),
+        pytest.param((HEAD + b"".join(b"a%d: b\r\n" % n for n in range(98)) + b"\r\n") * 300, id="large heads"),
+    ],
+)
+async def test_the_loop_goes_on_whatever_comes_before_a_key(tmp_path: Path, data: bytes) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text(f"{KEY}\n")
+    keys.chmod(0o600)
+
+    (tmp_path / "data").write_bytes(data)
+
+    async with House(tmp_path, keys=keys) as house:
+        async with stall_probe(limit=0.02, label=f"{len(data)} bytes that nobody wants"):
+            argv = (sys.executable, "-I", "-c", SENDER, str(house.port), str(tmp_path / "data"))
+            process = await asyncio.create_subprocess_exec(*argv)
+            assert await process.wait() == 0
+        assert (await house.ask("GET", "/healthz"))[0] == 200
+        assert house.server._shared is not None
+        await until(lambda: house.server._shared.room.free == listen.HELD_MESSAGES * (32 << 20))  # type: ignore[union-attr]
 
 
 async def until(condition: Any) -> None:

@@ -148,6 +148,57 @@ async def test_clients_have_certificates(tmp_path: Path) -> None:
         assert await house.curl("/healthz", "--cert", str(certificate), "--key", str(key)) == (0, "ok\n")
 
 
+async def test_who_was_let_in_shows_a_certificate_again(tmp_path: Path) -> None:
+    """A ticket from before its CA was taken away opens nothing."""
+    async with House(tmp_path, clients=True) as house:
+        certificate, key = house.others.issue("client").write(tmp_path, "client")
+        context = ssl.create_default_context(cadata=house.ca.pem.decode())
+        context.load_cert_chain(certificate, key)
+
+        def visit(session: ssl.SSLSession | None) -> ssl.SSLSession | None:
+            host, port = house.http.removeprefix("https://").rsplit(":", 1)
+            with (
+                socket.create_connection((host, int(port)), 10) as plain,
+                context.wrap_socket(plain, server_hostname="localhost", session=session) as sealed,
+            ):
+                sealed.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+                assert sealed.recv(4096).startswith(b"HTTP/1.1 200")
+                assert not sealed.session_reused
+                return sealed.session
+
+        session = await asyncio.to_thread(visit, None)
+        await asyncio.to_thread(visit, session)
+        (tmp_path / "others.pem").write_bytes(Authority("newer").pem)
+        assert house.server._tls is not None
+        await house.server._tls.refresh()
+        with pytest.raises((ssl.SSLError, ConnectionError, AssertionError)):
+            await asyncio.to_thread(visit, session)
+
+
+async def test_a_slow_client_gets_all_of_its_answer(tmp_path: Path) -> None:
+    async with House(tmp_path) as house:
+        big = np.zeros(2_000_000, np.float32)
+        house.server._dataplane.behave = lambda _: {"y": big}  # type: ignore[attr-defined]
+        context = ssl.create_default_context(cadata=house.ca.pem.decode())
+
+        def read() -> int:
+            host, port = house.http.removeprefix("https://").rsplit(":", 1)
+            body = b'{"instances": [[1, 2, 3, 4]]}'
+            with (
+                socket.create_connection((host, int(port)), 30) as plain,
+                context.wrap_socket(plain, server_hostname="localhost") as sealed,
+            ):
+                head = b"POST /v1/models/toy:predict HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+                sealed.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+                time.sleep(4)
+                got = 0
+                while piece := sealed.recv(1 << 16):
+                    got += len(piece)
+                return got
+
+        assert await asyncio.to_thread(read) > 2_000_000 * 4
+
+
 @pytest.mark.parametrize(("days", "severity"), [(-1, "critical"), (0.5, "critical"), (6, "error"), (29, "warning")])
 async def test_the_end_of_a_certificate_is_told(tmp_path: Path, days: float, severity: str) -> None:
     async with House(tmp_path, days=days) as house:

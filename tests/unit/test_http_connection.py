@@ -321,7 +321,9 @@ HIDDEN = head(path="/hidden")
     "data",
     [
         *(head(*fields, method="POST") + b"0\r\n\r\n" + HIDDEN for fields in (
-            ("Content-Length: 5", "Content-Length: 50"), ("Content-Length: 5, 6",), ("Content-Length: +5",),
+            ("Content-Length: 5", "Content-Length: 50"), ("Content-Length: 5, 6",), ("Content-Length: 5, 5",),
+            ("Content-Length: 5", "Content-Length: 5"), ("X: 1\r\n Transfer-Encoding: chunked",), ("X : 1",),
+            ("Content-Length: +5",),
             ("Content-Length: -1",), ("Content-Length:",),
             ("Content-Length: 5", "Transfer-Encoding: chunked"), ("Transfer-Encoding: chunked", "Content-Length: 5"),
             ("Transfer-Encoding: chunked", "Transfer-Encoding: chunked"), ("Transfer-Encoding: gzip",),
@@ -330,6 +332,7 @@ HIDDEN = head(path="/hidden")
             ("Content-Length: 99999999999999999999",),
         )),
         head("Host: u") + HIDDEN,
+        head().replace(b"\r\n", b"\n") + b"\r\n\r\n" + HIDDEN,
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
         head(method="get"), head(method="FETCH"), head(version="9.9"),
@@ -365,14 +368,13 @@ async def test_there_is_no_proxy(client: Client) -> None:
 
 async def test_a_request_without_a_host(client: Client) -> None:
     client.send(head(host=False))
-    assert "Host" in (await client.refused(400))["error"]
+    assert (await client.refused(400))["field"] == "host"
 
 
 @pytest.mark.parametrize(("data", "field"), [(head(path="no"), "request"), (head(path="/%ff"), "request")])
-async def test_requests_that_are_refused_and_leave_the_connection(client: Client, data: bytes, field: str) -> None:
+async def test_paths_that_are_none(client: Client, data: bytes, field: str) -> None:
     client.send(data)
-    assert (await client.refused(400, closed=False))["field"] == field
-    await client.echoes()
+    assert (await client.refused(400))["field"] == field
 
 
 @pytest.mark.parametrize(
@@ -525,7 +527,7 @@ async def test_clients_that_read_slowly_get_all(server: Server, client: Client) 
     for turn in range(1, 5):
         await client.reader.readexactly(1 << 20)
         await asyncio.sleep(0.02)
-        connection.tick(later(turn * (module.READ_TIME - 1)))
+        connection.tick(later(turn * 10))
     assert len(await client.reader.readexactly(LARGE - (5 << 20))) and server.shared.connections
 
 

@@ -36,10 +36,6 @@ class Room:
             raise Overloaded("too many bytes of requests are in hand", retry_after=0.1)
         self.free -= size
 
-    def owe(self, size: int) -> None:
-        """Takes it though there may be none left: for what cannot be refused any more. Then others wait."""
-        self.free -= size
-
     def give(self, size: int) -> None:
         self.free += size
 

@@ -1,31 +1,30 @@
 """One client over HTTP/1.1: requests one after the other, each within its bounds of size and time.
 
-h11 knows the protocol. It hands over one event at a time, so that however small the pieces are in which a client
-sends, the loop sees to a few of them and then to others. Source: RFC 9112.
+What a client sends is seen to a little at a time, for all connections together, so that no way to send it holds up the
+loop; answers go out in pieces for the same reason (TLS encrypts on the loop).
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
-from urllib.parse import unquote
 
-import h11
 import numpy as np
 import structlog
 
-from agent.errors import InvalidInput, Oversize, RequestTimeout, SlotdError, Unimplemented
+from agent.errors import InvalidInput, Oversize, RequestTimeout, SlotdError
 from agent.serving.h2.messages import Room
 from agent.serving.http.messages import Answer, Body, Request, Response, error_response
+from agent.serving.http.reader import MAX_FIELDS, MAX_HEAD, MAX_LINE, TOKEN, Head, read_chunk, read_head
+
+__all__ = ["MAX_FIELDS", "MAX_HEAD", "Connection", "Shared"]
 
 log = structlog.get_logger(__name__)
 
-MAX_HEAD = 32 << 10
-"""Bytes of a request line and its headers, of a chunk's head, of trailers."""
-MAX_FIELDS = 100
 CHUNKED = 4 << 20
 """Bytes of a body whose length is not told before."""
 IDLE = 75.0
@@ -33,19 +32,18 @@ IDLE = 75.0
 HEAD_TIME = 10.0
 """Seconds for a request's head, once it has begun."""
 BODY_TIME = 20.0
-READ_TIME = 30.0
-"""Seconds in which a client must have taken its answer."""
 RATE = 64 << 10
-"""Bytes for each of which more, in either direction, there is another second."""
+"""Bytes of a body for each of which there is another second."""
+READ_TIME = 30.0
+"""Seconds in which a client must take something of its answer; all of it, with one more for each MiB."""
 LINGER = 2.0
 """Seconds for a client to read why the rest of its request is not wanted."""
-_EVENTS = 32
-"""Pieces of a request that are seen to in one turn of the loop."""
+_TURN = 0.001
+"""Seconds of a turn of the loop for what all clients have sent."""
 _SMALL = 64 << 10
-"""Bytes of a body that is read to its end though the request is refused, and of an answer that counts for nothing."""
+"""Bytes of a body that is read to its end though the request is refused; bytes behind a request that may wait."""
+_PIECE = 128 << 10
 _PAGE = 2 << 20
-_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
-_SINGLE = ("authorization", "content-type", "content-encoding", "slotd-priority", "slotd-timeout-ms")
 
 
 @dataclass
@@ -58,8 +56,12 @@ class Shared:
     """Bytes of a body."""
     guard: Callable[[str, Mapping[str, str]], None]
     """Given a path and the headers; raises SlotdError."""
+    refused: Callable[[int], None] = lambda _: None
+    """Told the status of what `answer` was not asked for."""
     connections: set[Connection] = field(default_factory=set)
     draining: bool = False
+    _queue: deque[Connection] = field(default_factory=deque)
+    _scheduled: bool = False
 
     def tick(self) -> None:
         """Once a second."""
@@ -67,22 +69,40 @@ class Shared:
         for connection in tuple(self.connections):
             connection.tick(now)
 
+    def enqueue(self, connection: Connection) -> None:
+        """It has something to read: in its turn."""
+        self._queue.append(connection)
+        if not self._scheduled:
+            self._scheduled = True
+            asyncio.get_running_loop().call_soon(self._run)
+
+    def _run(self) -> None:
+        self._scheduled = False
+        until = time.perf_counter() + _TURN
+        for _ in range(len(self._queue)):
+            self._queue.popleft().proceed(until)
+            if time.perf_counter() >= until:
+                break
+        if self._queue and not self._scheduled:
+            self._scheduled = True
+            asyncio.get_running_loop().call_soon(self._run)
+
 
 class _Incoming:
     """A request that is being received. `held`: bytes of the room that its body has taken."""
 
-    __slots__ = ("begun", "body", "filled", "headers", "held", "length", "method", "path", "refused")
+    __slots__ = ("begun", "body", "chunk", "filled", "head", "held", "refused", "trailers")
 
-    def __init__(self, method: str) -> None:
+    def __init__(self, head: Head) -> None:
         self.begun = time.monotonic()
-        self.method = method
-        self.path = ""
-        self.headers: dict[str, str] = {}
-        self.length: int | None = None
-        """None: it comes in chunks."""
+        self.head = head
         self.body: np.ndarray[Any, np.dtype[np.uint8]] | bytearray | bytes = b""
         self.filled = 0
         self.held = 0
+        self.chunk = -1
+        """Bytes that are missing of a chunk, with the two behind it; -1: the line before one comes next."""
+        self.trailers = -1
+        """Bytes of trailers so far; -1 before the last chunk."""
         self.refused: SlotdError | None = None
         """Why it is not answered; its body is read and thrown away."""
 
@@ -97,9 +117,13 @@ class Connection(asyncio.Protocol):
     def __init__(self, shared: Shared, admitted: Callable[[], bool], gone: Callable[[], None]) -> None:
         self._shared = shared
         self._admitted, self._gone = admitted, gone
-        self._h11 = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD)
         self._transport: asyncio.Transport | None = None
         self._counted = False
+        self._buffer = bytearray()
+        self._at = 0
+        self._sought = 0
+        """Up to where the end of a head was sought in vain."""
+        self._queued = False
         self._in: _Incoming | None = None
         self._task: asyncio.Task[Response] | None = None
         self._reason: SlotdError | None = None
@@ -107,15 +131,15 @@ class Connection(asyncio.Protocol):
         self._since = time.monotonic()
         """When it fell idle."""
         self._head_since: float | None = None
-        self._pumping = False
-        self._behind = 0
-        """Bytes that came behind the request that is being answered."""
+        self._out: deque[memoryview] = deque()
+        self._paused = False
         self._sending: float | None = None
         """When the answer must have been taken; None if nothing is left of it."""
         self._unsent = 0
         self._taken = 0.0
         """When something of it was last taken."""
-        self._answer_held = 0
+        self._last = False
+        """Nothing comes behind this answer."""
         self._closing_at: float | None = None
 
     # --- the transport's ----------------------------------------------------------------------------------------------
@@ -126,7 +150,7 @@ class Connection(asyncio.Protocol):
             self._transport.abort()
             return
         self._counted = True
-        self._transport.set_write_buffer_limits(0)  # told when all of an answer has gone out
+        self._transport.set_write_buffer_limits(1, 0)  # told when all that was written has gone out
         self._shared.connections.add(self)
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -139,131 +163,177 @@ class Connection(asyncio.Protocol):
         elif self._in is not None:
             self._give(self._in)
             self._in = None
-        self._sent()
+        self._out.clear()
+        self._buffer.clear()
+        self._at = 0
 
     def data_received(self, data: bytes) -> None:
-        if self._closing_at is not None:
+        if self._closing_at is not None or self._last:
             return  # nobody listens any more
-        if self._head_since is None and self._in is None:
-            data = data.lstrip(b"\r\n")  # empty lines before a request are none of it
-            if not data:
-                return
-            self._head_since = time.monotonic()
-        self._h11.receive_data(data)
-        if self._task is not None or self._sending is not None:
-            # One request at a time. What comes behind it waits; reading goes on for a while, to see a client that goes.
-            self._behind += len(data)
-            if self._behind > _SMALL and self._transport is not None:
+        self._buffer += data
+        if self._busy:
+            # What comes behind a request waits; reading goes on for a while, to see a client that goes.
+            if len(self._buffer) > _SMALL and self._transport is not None:
                 self._transport.pause_reading()
-        elif not self._pumping:
-            self._pump()
+        else:
+            self._enqueue()
 
     def pause_writing(self) -> None:
-        """What it has written waits for the client."""
+        self._paused = True
 
     def resume_writing(self) -> None:
-        self._sent()
-        if self._closing_at is not None:
-            self._closing_at = time.monotonic() + LINGER
-        else:
-            self._go_on()
+        self._paused = False
+        self._feed()
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
-    def _pump(self) -> None:
-        """The next few events."""
-        self._pumping = False
-        transport = self._transport
-        if transport is None or self._closing_at is not None:
-            return
+    @property
+    def _busy(self) -> bool:
+        return self._task is not None or self._sending is not None
+
+    def _enqueue(self) -> None:
+        if not self._queued:
+            self._queued = True
+            if self._transport is not None:
+                self._transport.pause_reading()
+            self._shared.enqueue(self)
+
+    def proceed(self, until: float) -> None:
+        """Sees to what has come, until nothing more can be said of it, a request is whole, or the time is up."""
+        self._queued = False
         try:
-            for _ in range(_EVENTS):
-                event = self._h11.next_event()
-                if event is h11.NEED_DATA:
-                    transport.resume_reading()
+            while self._transport is not None and not self._busy and self._closing_at is None:
+                if not self._step():
+                    self._compact()
+                    self._transport.resume_reading()
                     return
-                if event is h11.PAUSED or isinstance(event, h11.ConnectionClosed):
-                    transport.pause_reading()
-                    return
-                self._see_to(event)
-                if self._task is not None or self._sending is not None:
-                    transport.resume_reading()
-                    return
-                if self._closing_at is not None:
-                    return
+                if time.perf_counter() >= until:
+                    break
         except SlotdError as error:
             self._end(error)
-        except h11.RemoteProtocolError as error:
-            self._end(_protocol_error(error))
-        else:
-            self._pumping = True
-            transport.pause_reading()
-            asyncio.get_running_loop().call_soon(self._pump)
+            return
+        self._compact()
+        if self._transport is None or self._closing_at is not None:
+            return
+        if not self._busy:
+            self._enqueue()
+        elif len(self._buffer) <= _SMALL:
+            self._transport.resume_reading()
 
-    def _see_to(self, event: Any) -> None:
-        """Raises SlotdError: the connection is of no further use."""
-        if isinstance(event, h11.Request):
+    def _compact(self) -> None:
+        if self._at:
+            del self._buffer[: self._at]
+            self._sought = max(0, self._sought - self._at)
+            self._at = 0
+
+    def _step(self) -> bool:
+        """The next piece; False if it has not come yet. Raises SlotdError: the connection is of no further use."""
+        incoming = self._in
+        if incoming is None:
+            return self._begin()
+        if incoming.head.length is not None:
+            missing = incoming.head.length - incoming.filled
+            if missing:
+                taken = self._take(min(missing, _PIECE))
+                if not taken:
+                    return False
+                self._more(incoming, taken)
+                missing -= len(taken)
+            if not missing:
+                self._whole(incoming)
+            return True
+        return self._chunks(incoming)
+
+    def _take(self, most: int) -> bytes:
+        data = bytes(memoryview(self._buffer)[self._at : self._at + most])
+        self._at += len(data)
+        return data
+
+    def _line(self, most: int) -> bytes | None:
+        """The next line, None if it has not come yet. Raises InvalidInput if it is longer."""
+        end = self._buffer.find(b"\r\n", self._at, self._at + most + 2)
+        if end < 0:
+            if len(self._buffer) - self._at > most + 1:
+                raise InvalidInput(f"has a line of more than {most} bytes", field="request")
+            return None
+        line = bytes(memoryview(self._buffer)[self._at : end])
+        self._at = end + 2
+        return line
+
+    def _begin(self) -> bool:
+        while self._buffer.startswith(b"\r\n", self._at):  # empty lines before a request are none of it
+            self._at += 2
+        left = len(self._buffer) - self._at
+        if not left:
             self._head_since = None
-            self._in = incoming = _Incoming(event.method.decode("ascii"))
-            self._begun(incoming, event)
-        elif isinstance(event, h11.Data):
-            assert self._in is not None
-            self._more(self._in, event.data)
-        elif isinstance(event, h11.EndOfMessage):
-            assert self._in is not None
-            self._whole(self._in)
-
-    def _begun(self, incoming: _Incoming, event: h11.Request) -> None:
-        chunked = False
-        refused: SlotdError | None = None
-        size = len(event.target) + sum(len(name) + len(value) for name, value in event.headers)
-        if len(event.headers) > MAX_FIELDS or size > MAX_HEAD:
-            raise InvalidInput(f"has more than {MAX_FIELDS} headers, or than {MAX_HEAD} bytes of them", field="request")
-        if incoming.method not in _METHODS:
-            raise Unimplemented(f"there is no method {incoming.method[:20]!r}", field="request")
-        for raw, value in event.headers:
-            name, text = raw.decode("ascii"), value.decode("latin-1")
-            if name in _SINGLE and name in incoming.headers:
-                refused = refused or InvalidInput("is given twice", field=name)
-            before = incoming.headers.get(name)
-            incoming.headers[name] = text if before is None else f"{before}, {text}"
-            if name == "transfer-encoding":
-                chunked = True
-            elif name == "content-length":
-                incoming.length = int(text)
-        if chunked and incoming.length is not None:
-            raise InvalidInput("has both Content-Length and chunks", field="transfer-encoding")
-        if not chunked and incoming.length is None:
-            incoming.length = 0
-        if event.http_version not in (b"1.0", b"1.1"):
-            raise Unimplemented("only HTTP/1.0 and HTTP/1.1 are spoken here", field="request")
-        if chunked and event.http_version == b"1.0":
-            raise InvalidInput("HTTP/1.0 has no chunks", field="transfer-encoding")
+            return False
+        if self._head_since is None:
+            self._head_since = time.monotonic()
+        if self._buffer[self._at] not in TOKEN:  # perhaps it speaks TLS, and would wait for an answer
+            raise InvalidInput("this is no HTTP/1.1", field="request")
+        end = self._buffer.find(b"\r\n\r\n", max(self._at, self._sought - 3), self._at + MAX_HEAD + 4)
+        if end < 0:
+            if left > MAX_HEAD:
+                raise InvalidInput(f"has more than {MAX_HEAD} bytes of headers", field="request", hint="send fewer")
+            self._sought = len(self._buffer)
+            return False
+        head = read_head(bytes(memoryview(self._buffer)[self._at : end]))
+        self._at, self._sought, self._head_since = end + 4, 0, None
+        self._in = incoming = _Incoming(head)
         try:
-            if refused is not None:
-                raise refused
-            incoming.path = _path(event.target)
-            self._shared.guard(incoming.path, incoming.headers)
-            if incoming.length is not None and incoming.length > self._shared.most:
+            self._shared.guard(head.path, head.headers)
+            if head.length is not None and head.length > self._shared.most:
                 raise Oversize(
-                    f"a body of {incoming.length} bytes; at most {self._shared.most} are taken",
+                    f"a body of {head.length} bytes; at most {self._shared.most} are taken",
                     field="content-length",
                     hint="send a smaller batch, or have serving.grpc.max_message raised",
                 )
         except SlotdError as error:
-            waits = self._h11.they_are_waiting_for_100_continue
-            if waits or incoming.length is None or incoming.length > _SMALL:
+            if head.waits or head.length is None or head.length > _SMALL:
                 raise
             incoming.refused = error
         else:
-            if self._h11.they_are_waiting_for_100_continue:
-                self._write([self._h11.send(h11.InformationalResponse(status_code=100, headers=[])) or b""])
+            if head.waits and self._transport is not None:
+                self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        return True
 
-    def _more(self, incoming: _Incoming, data: Any) -> None:
-        if incoming.refused is not None:
-            return
+    def _chunks(self, incoming: _Incoming) -> bool:
+        if incoming.trailers >= 0:
+            line = self._line(MAX_HEAD)
+            if line is None:
+                return False
+            incoming.trailers += len(line) + 2
+            if incoming.trailers > MAX_HEAD:
+                raise InvalidInput(f"has more than {MAX_HEAD} bytes of trailers", field="request")
+            if not line:
+                self._whole(incoming)
+            return True
+        if incoming.chunk < 0:
+            line = self._line(MAX_LINE)
+            if line is None:
+                return False
+            size = read_chunk(line)
+            if size:
+                incoming.chunk = size + 2
+            else:
+                incoming.trailers = 0
+            return True
+        if incoming.chunk > 2:
+            taken = self._take(min(incoming.chunk - 2, _PIECE))
+            incoming.chunk -= len(taken)
+            if taken:
+                self._more(incoming, taken)
+            return bool(taken)
+        if len(self._buffer) - self._at < 2:
+            return False
+        if self._take(2) != b"\r\n":
+            raise InvalidInput("has a chunk that is longer than it says", field="request")
+        incoming.chunk = -1
+        return True
+
+    def _more(self, incoming: _Incoming, data: bytes) -> None:
         filled = incoming.filled + len(data)
-        if incoming.length is None:
+        if incoming.refused is None and incoming.head.length is None:
             if filled > min(CHUNKED, self._shared.most):
                 raise Oversize(
                     f"a body of more than {CHUNKED} bytes whose length is not told",
@@ -274,27 +344,32 @@ class Connection(asyncio.Protocol):
             if isinstance(incoming.body, bytes):
                 incoming.body = bytearray()
             cast(bytearray, incoming.body).extend(data)
-        else:
-            self._pay(incoming, min(incoming.length, -(-filled // _PAGE) * _PAGE))
-            if not incoming.filled and filled == incoming.length:
-                incoming.body = bytes(data)
+        elif incoming.refused is None and incoming.head.length is not None:
+            self._pay(incoming, min(incoming.head.length, -(-filled // _PAGE) * _PAGE))
+            if not incoming.filled and filled == incoming.head.length:
+                incoming.body = data
             else:
                 if isinstance(incoming.body, bytes):
                     # Not zeroed: bytes that are not received are never looked at.
-                    incoming.body = np.empty(incoming.length, np.uint8)
+                    incoming.body = np.empty(incoming.head.length, np.uint8)
                 cast("np.ndarray[Any, Any]", incoming.body)[incoming.filled : filled] = np.frombuffer(data, np.uint8)
         incoming.filled = filled
 
     def _whole(self, incoming: _Incoming) -> None:
+        head = incoming.head
         if incoming.refused is not None:
-            self._give(incoming)
             self._in = None
-            self._respond(error_response(incoming.refused), head=incoming.method == "HEAD")
+            self._give(incoming)
+            self._refuse(incoming.refused, head)
             return
-        request = Request(incoming.method, incoming.path, incoming.headers, incoming.whole(), time.monotonic())
+        request = Request(head.method, head.path, head.headers, incoming.whole(), time.monotonic())
         incoming.body = b""
         self._task = asyncio.create_task(cast(Any, self._shared.answer(request)), name="http")
         self._task.add_done_callback(self._answered)
+
+    def _refuse(self, error: SlotdError, head: Head) -> None:
+        self._shared.refused(error.http)
+        self._respond(error_response(error), head)
 
     def _answered(self, task: asyncio.Task[Response]) -> None:
         """However it ended: also before it began."""
@@ -308,66 +383,74 @@ class Connection(asyncio.Protocol):
         elif isinstance(error, SlotdError):
             response = error_response(error)
         else:
-            log.error("http_fault", path=incoming.path[:200], exc_info=error)
+            log.error("http_fault", path=incoming.head.path[:200], exc_info=error)
             response = error_response(SlotdError("an unforeseen fault; the log has the details"))
         if self._transport is None:
             return
         if response is None:
             self._transport.abort()
             return
-        self._respond(response, head=incoming.method == "HEAD")
+        self._respond(response, incoming.head)
 
-    def _respond(self, response: Response, *, head: bool) -> None:
+    # --- answers ------------------------------------------------------------------------------------------------------
+
+    def _respond(self, response: Response, head: Head) -> None:
+        last = self._shared.draining or self._reason is not None or not head.keep
         body = response.bytes()
-        size = sum(map(len, body))
-        if size > _SMALL:
-            self._shared.room.owe(size)
-            self._answer_held = size
-        last = self._shared.draining or self._reason is not None
-        parts: list[Body] = []
-        for event in (
-            h11.Response(status_code=response.status, headers=response.fields(body, last=last)),
-            *(h11.Data(data=cast(bytes, part)) for part in body if len(part) and not head),
-            h11.EndOfMessage(),
-        ):
-            parts += self._h11.send_with_data_passthrough(event) or ()
-        self._taken = time.monotonic()
-        self._sending = self._taken + READ_TIME + size / RATE
-        self._write(parts)
-        if self._transport is not None and not self._transport.get_write_buffer_size():
-            self._sent()
-            self._go_on()
+        self._send([response.head(body, last=last), *([] if head.method == "HEAD" else body)], last=last)
 
-    def _go_on(self) -> None:
-        """An answer has gone out whole: the next request, if there may be one."""
-        if self._transport is None or self._closing_at is not None or self._sending is not None:
+    def _send(self, parts: Sequence[Body], *, last: bool) -> None:
+        self._last = last
+        self._taken = time.monotonic()
+        self._sending = self._taken + READ_TIME + sum(map(len, parts)) / (1 << 20)
+        self._out.extend(memoryview(part) for part in parts if len(part))
+        self._feed()
+
+    def _feed(self) -> None:
+        """As much of the answer as the client takes; a little for each turn of the loop."""
+        transport = self._transport
+        if transport is None or self._sending is None or self._paused:
             return
-        if self._h11.our_state is h11.DONE and self._h11.their_state is h11.DONE:
-            self._h11.start_next_cycle()
-            self._since = time.monotonic()
-            self._behind = 0
-            if self._shared.draining:
-                self._finish()
-                return
-            if self._h11.trailing_data[0]:
-                self._head_since = self._since
-            if not self._pumping:
-                self._pumping = True
-                asyncio.get_running_loop().call_soon(self._pump)
-        elif self._h11.our_state in (h11.MUST_CLOSE, h11.CLOSED, h11.ERROR):
+        batch: list[memoryview] = []
+        size = 0
+        while self._out and size < _PIECE:
+            part = self._out[0]
+            batch.append(part[: _PIECE - size])
+            size += len(batch[-1])
+            if len(batch[-1]) == len(part):
+                self._out.popleft()
+            else:
+                self._out[0] = part[len(batch[-1]) :]
+        if batch:
+            transport.writelines(batch)
+        if self._paused or self._transport is None:
+            return
+        if self._out:
+            asyncio.get_running_loop().call_soon(self._feed)
+            return
+        self._sending = None
+        if self._last:
             self._finish()
+            return
+        self._since = time.monotonic()
+        if self._shared.draining:
+            self._finish()
+        elif len(self._buffer) > self._at:
+            self._enqueue()
+        else:
+            transport.resume_reading()
 
     # --- ends ---------------------------------------------------------------------------------------------------------
 
     @property
     def quiet(self) -> bool:
         """Nothing is being received, answered or sent."""
-        return self._task is None and self._in is None and self._sending is None and self._head_since is None
+        return not self._busy and self._in is None and self._head_since is None
 
     @property
     def answered(self) -> bool:
         """Nothing is being answered or sent."""
-        return self._task is None and self._sending is None
+        return not self._busy
 
     def drain(self) -> None:
         """No further requests."""
@@ -382,7 +465,7 @@ class Connection(asyncio.Protocol):
             self._reason = error
             self._task.cancel()
         elif self._sending is not None:
-            self._finish()
+            self._last = True
         else:
             self._end(error)
 
@@ -396,7 +479,7 @@ class Connection(asyncio.Protocol):
         if transport is None:
             return
         if self._sending is not None:
-            if (unsent := transport.get_write_buffer_size()) != self._unsent:
+            if (unsent := len(self._out) + transport.get_write_buffer_size()) != self._unsent:
                 self._unsent, self._taken = unsent, now
             if now > min(self._sending, self._taken + READ_TIME):
                 transport.abort()
@@ -421,14 +504,13 @@ class Connection(asyncio.Protocol):
         if self._in is not None:
             self._give(self._in)
             self._in = None
+        self._head_since = None
+        self._buffer.clear()
+        self._at = self._sought = 0
+        self._shared.refused(error.http)
         response = error_response(error)
         body = response.bytes()
-        self._taken = time.monotonic()
-        self._sending = self._taken + READ_TIME
-        self._write([response.head(body), *body])
-        if self._transport is not None and not self._transport.get_write_buffer_size():
-            self._sent()
-        self._finish()
+        self._send([response.head(body, last=True), *body], last=True)
 
     def _finish(self) -> None:
         """Closes, once the client has had the time to read."""
@@ -441,16 +523,6 @@ class Connection(asyncio.Protocol):
         else:
             self._transport.close()
 
-    def _write(self, parts: Iterable[Body]) -> None:
-        if self._transport is not None and self._closing_at is None:
-            self._transport.writelines(list(parts))
-
-    def _sent(self) -> None:
-        """Nothing of an answer is left here."""
-        self._sending = None
-        self._shared.room.give(self._answer_held)
-        self._answer_held = 0
-
     # --- bytes --------------------------------------------------------------------------------------------------------
 
     def _pay(self, incoming: _Incoming, total: int) -> None:
@@ -461,24 +533,3 @@ class Connection(asyncio.Protocol):
     def _give(self, incoming: _Incoming) -> None:
         self._shared.room.give(incoming.held)
         incoming.held = 0
-
-
-def _protocol_error(error: h11.RemoteProtocolError) -> SlotdError:
-    text = f"this is no HTTP/1.1: {error}"[:300]
-    if error.error_status_hint == 501:
-        return Unimplemented(text, field="request", hint="send Content-Length, or chunks and nothing else")
-    return InvalidInput(text, field="request")
-
-
-def _path(target: bytes) -> str:
-    """Decoded, without the query. Raises InvalidInput."""
-    try:
-        text = target.decode("ascii")
-        if not text.startswith("/"):  # absolute-form
-            _, found, text = text.partition("://")
-            text = "/" + text.partition("/")[2] if found else ""
-        if not text:
-            raise ValueError
-        return unquote(text.partition("?")[0].partition("#")[0], errors="strict")
-    except ValueError:  # includes what is no text
-        raise InvalidInput("is no path", field="request") from None

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
-from agent.errors import DeadlineExceeded, InvalidInput, Oversize, Unimplemented
+from agent.errors import DeadlineExceeded, InvalidInput, Unimplemented
 from agent.executor.seat import Seat
 from agent.model.signature import Strings
 from agent.serving.binding import ModelFields
 from agent.serving.dataplane import Answer, Dataplane
 from agent.serving.dataplane import Request as Wanted
+from agent.serving.encode import put_together
 from agent.serving.exchange import priority_of, served
 from agent.serving.forms import Form
 from agent.serving.h2.messages import Room, in_turn, unpack
@@ -26,8 +28,8 @@ FIELDS = ModelFields("model", "version")
 Read = Callable[[Body], Awaitable[Parsed]]
 Encode = Callable[[Answer, Parsed], Response]
 _COPIED = 1 << 20
-_FEW = 512
-"""Strings, or rows of all outputs together, that are written on the loop."""
+_FEW = 128
+"""Strings, or lists of all outputs together, that are written on the loop."""
 _FEW_ELEMENTS = 8192
 _FEW_BYTES = 64 << 10
 
@@ -109,16 +111,16 @@ class Exchange:
     async def _encoded(self, answer: Answer, parsed: Parsed, encode: Encode) -> Response:
         if not _slow(answer, parsed):
             with answer:
-                return self._bounded(encode(answer, parsed))
-        encoding = asyncio.get_running_loop().run_in_executor(None, encode, answer, parsed)
+                return self._written(encode, answer, parsed)
+        encoding = asyncio.get_running_loop().run_in_executor(None, self._written, encode, answer, parsed)
         # Not `with`: a caller that is cancelled must not release what the thread still reads.
         encoding.add_done_callback(lambda _: answer.release())
-        return self._bounded(await asyncio.shield(encoding))
+        return await asyncio.shield(encoding)
 
-    def _bounded(self, response: Response) -> Response:
-        # As text, a tensor has several times its bytes.
-        if (size := sum(map(len, response.body))) > 4 * self._most:
-            raise Oversize(f"the reply has {size} bytes", hint="name the outputs that you need, or take them as bytes")
+    def _written(self, encode: Encode, answer: Answer, parsed: Parsed) -> Response:
+        """In one piece; a large one is put together without Python's lock."""
+        response = encode(answer, parsed)
+        response.body = (put_together(list(response.body), 4 * self._most),)  # as text it has several times its bytes
         return response
 
 
@@ -143,15 +145,17 @@ def _slow(answer: Answer, parsed: Parsed) -> bool:
     size = text = elements = strings = rows = 0
     for name, tensor in answer.outputs.items():
         size += tensor.nbytes
-        if parsed.rows and tensor.shape:
-            rows += tensor.shape[0]
         if isinstance(tensor, Strings):
-            strings += len(tensor.items)
             text += tensor.nbytes
-        elif not parsed.binary.get(name, parsed.binary.get("", False)):
-            count = 1
-            for length in tensor.shape:
-                count *= max(1, length)  # a list of nothing is something
+        elif parsed.binary.get(name, parsed.binary.get("", False)):
+            continue
+        # A list of nothing is something, and each list takes a step of its own.
+        lists = math.prod(max(1, length) for length in tensor.shape[:-1])
+        count = lists * max(1, tensor.shape[-1] if tensor.shape else 1)
+        rows += lists
+        if isinstance(tensor, Strings):
+            strings += count
+        else:
             elements += count
     return size > LARGE or text > _FEW_BYTES or elements > _FEW_ELEMENTS or max(strings, rows) > _FEW
 

@@ -52,20 +52,17 @@ class Response:
         """The body."""
         return [self.text.encode()] if self.text else list(self.body)
 
-    def fields(self, body: Sequence[Body], *, last: bool) -> list[tuple[str, str]]:
-        """All headers; `last`: the connection ends with this one."""
-        fields = [
-            ("content-type", self.content_type),
-            ("content-length", str(sum(map(len, body)))),
-            ("x-content-type-options", "nosniff"),
-            *((name, printable(value)) for name, value in self.headers),
+    def head(self, body: Sequence[Body], *, last: bool) -> Body:
+        """All that comes before the body; `last`: the connection ends with this one."""
+        lines = [
+            f"HTTP/1.1 {self.status} {_REASONS.get(self.status, 'Error')}",
+            f"content-type: {self.content_type}",
+            f"content-length: {sum(map(len, body))}",
+            "x-content-type-options: nosniff",
+            *(f"{name}: {printable(value)}" for name, value in self.headers),
+            *(["connection: close"] if last else []),
         ]
-        return [*fields, ("connection", "close")] if last else fields
-
-    def head(self, body: Sequence[Body]) -> Body:
-        """All that comes before the body, of a response that is the last."""
-        lines = [f"{name}: {value}" for name, value in self.fields(body, last=True)]
-        return "\r\n".join((f"HTTP/1.1 {self.status} {_REASONS.get(self.status, 'Error')}", *lines, "", "")).encode()
+        return "\r\n".join((*lines, "", "")).encode()
 
 
 Answer = Callable[[Request], Awaitable[Response]]
@@ -100,4 +97,4 @@ def _text(text: str) -> str:
 
 def printable(text: str) -> str:
     """As a header's value may be."""
-    return "".join(letter if " " <= letter <= "~" else "?" for letter in text)
+    return "".join(letter if " " <= letter <= "~" else "?" for letter in text).strip()

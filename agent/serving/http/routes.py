@@ -23,13 +23,15 @@ def check_host(host: str | None) -> None:
     """Whether this is how a port on loopback is called. A page in a browser on this host may call it by a name of its
     own, and would read the answers. Raises Forbidden."""
     name = (host or "").rpartition("@")[2]
-    name = name[: name.rindex("]") + 1] if "]" in name else name.partition(":")[0]
+    name = name[: name.rindex("]") + 1] if "]" in name else name.partition(":")[0].rstrip(".")
     try:
         ipaddress.ip_address(name.strip("[]"))
     except ValueError:
         if name.lower() not in ("", "localhost", socket.gethostname().lower()):
             raise Forbidden(
-                f"this is not {short(name)!r}", field="host", hint="call it 127.0.0.1 or localhost, or set serving.tls"
+                f"this is not {short(name)!r}",
+                field="host",
+                hint="call it 127.0.0.1 or localhost; or set serving.tls, and keys or client_ca",
             ) from None
 
 

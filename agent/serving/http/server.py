@@ -129,7 +129,11 @@ class Counted:
         try:
             response = await self._answer(request)
         except SlotdError as error:
-            self.statuses[error.http] += 1
+            self.count(error.http)
             raise
-        self.statuses[response.status] += 1
+        self.count(response.status)
         return response
+
+    def count(self, status: int) -> None:
+        """One more."""
+        self.statuses[status] += 1
