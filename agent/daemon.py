@@ -270,6 +270,7 @@ class Daemon:
         server = GrpcServer(config.serving, config.run_dir, dataplane, issues)
         listen = await server.start()
         stack.push_async_callback(server.stop)
+        listening = time.clock_gettime(time.CLOCK_BOOTTIME)
         await asyncio.to_thread(_bring_the_rest)
         await asyncio.to_thread(drop_early)  # there was nothing to load
         from agent.commands.admin import AdminServer
@@ -320,7 +321,7 @@ class Daemon:
 
         reloader = host.reloader = Reloader(self.loaded, apply, issues, teller.tell, self.hung_up)
 
-        host.restart_gap = await _gap(journal)
+        host.restart_gap = await _gap(journal, listening)
         # What is there now stays. Collections need not look at it again, which stops the loop for tens of milliseconds.
         gc.freeze()
         gc.enable()
@@ -435,8 +436,8 @@ async def _end(task: asyncio.Task[Any]) -> None:
     await asyncio.wait((task,))
 
 
-async def _gap(journal: Journal) -> float | None:
-    """Seconds since the last slotd of this boot answered; None if that is not known."""
+async def _gap(journal: Journal, now: float) -> float | None:
+    """Seconds for which no slotd of this boot answered, until `now`; None if that is not known."""
     try:
         stopped = await journal.get(STOPPED)
         if not isinstance(stopped, dict) or stopped.get("boot_id") != journal.boot_id:
@@ -445,7 +446,7 @@ async def _gap(journal: Journal) -> float | None:
     except SlotdError as error:  # a full disk is no reason not to serve
         log.warning("gap_unknown", error=str(error))
         return None
-    return round(time.clock_gettime(time.CLOCK_BOOTTIME) - float(stopped["at"]), 3)
+    return round(now - float(stopped["at"]), 3)
 
 
 def _boot_id() -> str:

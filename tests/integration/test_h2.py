@@ -672,6 +672,7 @@ async def test_metadata_is_bounded(server: Server, peer: Peer) -> None:
     await still_good(server, peer, 3)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("what", "code"),
     [
