@@ -86,6 +86,13 @@ def show_fields(rows: list[tuple[str, str, str]]) -> None:
     console().print(table)
 
 
+def _tls(config: Config) -> str:
+    tls, keys = config.serving.tls, config.serving.keys
+    asked = [text for text, wanted in (("a key", keys), ("a certificate", tls.client_ca)) if wanted is not None]
+    sealed = f"TCP with {tls.certificate}" if tls.certificate is not None else "none: TCP is in the clear"
+    return f"{sealed}; clients need {' and '.join(asked) or 'nothing'}"
+
+
 def _plan(config: Config, *, simulated: bool) -> list[tuple[str, str]]:
     slot, swap, link = config.slot, config.swap, config.link
     probation = swap.probation
@@ -104,6 +111,8 @@ def _plan(config: Config, *, simulated: bool) -> list[tuple[str, str]]:
         ("swap", f"{continuity} meanwhile; load above the bridge's capacity: {swap.on_weak_bridge}"),
         ("probation", f"{seconds(probation.duration)} and {probation.min_requests} answers"),
         ("gRPC", f"{', '.join(filter(None, listen))}, up to {size(config.serving.grpc.max_message)} a message"),
+        ("HTTP", config.serving.http.listen or "none"),
+        ("TLS", _tls(config)),
         (
             "executors",
             f"{config.threads} threads, {size(config.executor.memory)} each; {config.decoder_count} decoders",
