@@ -410,6 +410,8 @@ def _bring_the_server() -> None:
 
 def _bring_the_rest() -> None:
     """Imports what clients can be answered without."""
+    from PIL import Image, ImageDraw  # noqa: F401
+
     import agent.commands.admin
     import agent.commands.builtin
     import agent.health.metrics
@@ -418,6 +420,7 @@ def _bring_the_rest() -> None:
     import agent.reload.reloader
     import agent.serving.http.server  # noqa: F401
 
+    Image.preinit()  # else the first proof loads it, from the disk, while clients wait for Python's lock
     keep_code()
 
 
