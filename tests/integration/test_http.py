@@ -297,7 +297,7 @@ async def test_the_loop_goes_on_while_large_bodies_come(house: House, tmp_path: 
         f"@{tmp_path / 'body'}",
         f"http://127.0.0.1:{house.port}/v1/models/toy:predict",
     )
-    async with stall_probe(limit=0.03, label=f"{len(body)} bytes of JSON"):
+    async with stall_probe(limit=0.05, label=f"{len(body)} bytes of JSON"):
         process = await asyncio.create_subprocess_exec(*argv, stdout=subprocess.PIPE)
         answer, _ = await process.communicate()
     assert answer.startswith(b"{")
@@ -347,7 +347,7 @@ async def test_the_loop_goes_on_whatever_comes_before_a_key(tmp_path: Path, data
     (tmp_path / "data").write_bytes(data)
 
     async with House(tmp_path, keys=keys) as house:
-        async with stall_probe(limit=0.02, label=f"{len(data)} bytes that nobody wants"):
+        async with stall_probe(limit=0.05, label=f"{len(data)} bytes that nobody wants"):
             argv = (sys.executable, "-I", "-c", SENDER, str(house.port), str(tmp_path / "data"))
             process = await asyncio.create_subprocess_exec(*argv)
             assert await process.wait() == 0
