@@ -81,7 +81,7 @@ format: venv ## Format the sources
 
 test: venv tools lint $(VENV_CLIENTS)/.installed ## Everything that must pass before anything lands
 	$(PYTEST) -q -n 3 --dist worksteal --durations 25 -m "not long and not tensorflow and not clients and not vm and not alone"
-	SLOTD_CLIENTS=$(CURDIR)/$(VENV_CLIENTS)/bin/python $(PYTEST) -q -m "alone and not long"
+	$(PYTEST) -q -m "alone and not long"
 
 tools-vm: ## Install what boots the machines that tests run in
 	@for tool in $(TOOLS_VM); do command -v $$tool >/dev/null || missing="$$missing $$tool"; done; \
@@ -98,8 +98,7 @@ test-tensorflow: venv $(VENV_TENSORFLOW)/.installed ## Preprocessing against rea
 	SLOTD_TENSORFLOW=$(CURDIR)/$(VENV_TENSORFLOW)/bin/python $(PYTEST) -q -m tensorflow
 
 test-clients: venv $(VENV_CLIENTS)/.installed $(VENV_TENSORFLOW)/.serving ## Clients that are not ours, in their own environments
-	SLOTD_CLIENTS=$(CURDIR)/$(VENV_CLIENTS)/bin/python \
-	SLOTD_TENSORFLOW_SERVING=$(CURDIR)/$(VENV_TENSORFLOW)/bin/python $(PYTEST) -q tests/clients
+	$(PYTEST) -q tests/clients
 
 bench: venv ## Figures as ratios in one run, with the machine's noise beside them (minutes; on a quiet machine)
 	$(VENV)/bin/python tests/bench/run.py

@@ -9,14 +9,16 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from functools import cache, partial
 from threading import Lock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ParamSpec
 
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
+
+P = ParamSpec("P")
 
 PASSED = 3
 """The number that a passed descriptor has in the child."""
@@ -129,35 +131,32 @@ def spawn(
     return Child(pid.value)
 
 
-async def start(
-    argv: Sequence[str],
-    *,
-    env: Mapping[str, str],
-    stdin: int | None = None,
-    stdout: int | None = None,
-    stderr: int = 2,
-    passed: int | None = None,
-) -> Child:
-    """`spawn` in a thread. The descriptors stay the caller's, who may close them when this has ended, however it ends.
+def _in_a_thread(work: Callable[P, Child]) -> Callable[P, Coroutine[None, None, Child]]:
+    async def start(*arguments: P.args, **named: P.kwargs) -> Child:
+        import asyncio  # the first child of all is started before there is time for it
 
-    One that is cancelled leaves no process behind. Raises OSError.
-    """
-    import asyncio  # the first child of all is started before there is time for it
+        making = asyncio.get_running_loop().run_in_executor(_starter(), partial(work, *arguments, **named))
+        cancelled = False
+        while not making.done():
+            try:
+                await asyncio.wait([making])
+            except asyncio.CancelledError:
+                cancelled = True
+        if cancelled:
+            if making.exception() is None:
+                making.result().kill()
+                _starter().submit(making.result().wait)
+            raise asyncio.CancelledError
+        return making.result()
 
-    work = partial(spawn, argv, env=env, stdin=stdin, stdout=stdout, stderr=stderr, passed=passed)
-    making = asyncio.get_running_loop().run_in_executor(_starter(), work)
-    cancelled = False
-    while not making.done():
-        try:
-            await asyncio.wait([making])
-        except asyncio.CancelledError:
-            cancelled = True
-    if cancelled:
-        if making.exception() is None:
-            making.result().kill()
-            _starter().submit(making.result().wait)
-        raise asyncio.CancelledError
-    return making.result()
+    return start
+
+
+start = _in_a_thread(spawn)
+"""`spawn` in a thread. The descriptors stay the caller's, who may close them when this has ended, however it ends.
+
+One that is cancelled leaves no process behind.
+"""
 
 
 @cache

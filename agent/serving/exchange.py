@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 from agent.errors import DeadlineExceeded, InvalidInput, Unavailable
 from agent.executor.seat import Seat
@@ -19,6 +21,8 @@ from agent.serving.h2.call import Call, Reply
 from agent.serving.h2.messages import Room
 from agent.serving.parse import LARGE, Parser
 from agent.serving.tensorproto import Parsed
+
+T = TypeVar("T")
 
 SLOW_ELEMENTS = 32_768
 """Elements that are encoded one by one on the loop; more of them are encoded in a thread."""
@@ -62,24 +66,30 @@ class Exchange:
             answer = await self._dataplane.predict(_request(parsed, len(data), call, wire))
         finally:
             self._room.give(held)
-        told = (
-            ("slotd-served-by", answer.served_by),
-            ("slotd-model-digest", answer.digest),
-            ("slotd-model-version", str(answer.version)),
-        )
-        reply = await self._encode(answer, parsed, wire)
+        told = provenance(answer)
+        reply = await written(answer, partial(wire.encode, answer, parsed, self._max_message), slow=_slow(answer, wire))
         call.trailing = told
         return reply
 
-    async def _encode(self, answer: Answer, parsed: Parsed, wire: Wire) -> Reply:
-        """The reply; the answer's memory is given back whatever happens."""
-        if not _slow(answer, wire):
-            with answer:
-                return wire.encode(answer, parsed, self._max_message)
-        encoding = asyncio.get_running_loop().run_in_executor(None, wire.encode, answer, parsed, self._max_message)
-        # Not `with`: a caller that is cancelled must not release what the thread still reads.
-        encoding.add_done_callback(lambda _: answer.release())
-        return await asyncio.shield(encoding)
+
+def provenance(answer: Answer) -> tuple[tuple[str, str], ...]:
+    """Who gave it, as names and values go over the wire."""
+    return (
+        ("slotd-served-by", answer.served_by),
+        ("slotd-model-digest", answer.digest),
+        ("slotd-model-version", str(answer.version)),
+    )
+
+
+async def written(answer: Answer, encode: Callable[[], T], *, slow: bool) -> T:
+    """What `encode` makes of an answer, in a thread if that is `slow`; its memory is given back whatever happens."""
+    if not slow:
+        with answer:
+            return encode()
+    encoding = asyncio.get_running_loop().run_in_executor(None, encode)
+    # Not `with`: a caller that is cancelled must not release what the thread still reads.
+    encoding.add_done_callback(lambda _: answer.release())
+    return await asyncio.shield(encoding)
 
 
 def served(dataplane: Dataplane, name: str, version: int | None, fields: ModelFields) -> Seat:

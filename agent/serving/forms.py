@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 
 from agent.serving.canonical import read_canonical
 from agent.serving.infer import read_infer, read_plain_infer
-from agent.serving.jsonrequests import read_infer_json, read_plain_infer_json, read_predict_json
+from agent.serving.jsonrequests import SMALL, read_infer_json, read_plain_infer_json, read_predict_json
 from agent.serving.tensorproto import Parsed, read_request
 
 T = TypeVar("T")
@@ -62,12 +62,10 @@ _INPUT = Part({5: _CONTENTS}, {3: 4, 4: 4})
 INFER = Form(1, _alone(read_infer), _alone(read_plain_infer), Part({5: _INPUT}, {4: 4, 6: 4}))
 """inference.ModelInferRequest."""
 
-_SMALL_JSON = 2 << 10
-"""A list of nothing has two bytes, and takes as long as a number: 1.5 ms for as much as that."""
-PREDICT_JSON = Form(2, read_predict_json, lambda data, *, most, context=b"": None, None, _SMALL_JSON)
+PREDICT_JSON = Form(2, read_predict_json, lambda data, *, most, context=b"": None, None, SMALL)
 """A body of TensorFlow Serving's REST; its context is `predict_context`."""
 
-INFER_JSON = Form(3, read_infer_json, read_plain_infer_json, None, _SMALL_JSON)
+INFER_JSON = Form(3, read_infer_json, read_plain_infer_json, None, SMALL)
 """A body of KServe's REST; its context is `infer_context`."""
 
 FORMS = (PREDICT, INFER, PREDICT_JSON, INFER_JSON)

@@ -70,7 +70,7 @@ def _fault(path: Path, text: str, hint: str) -> InvalidConfig:
 
 
 class Keys:
-    """Those that are good now. `load` before the first check; then `refresh` from time to time."""
+    """Those that are good now. `load` before the first check; then `refresh` every EVERY seconds."""
 
     def __init__(self, path: Path, issues: Issues) -> None:
         self._path = path
@@ -90,16 +90,6 @@ class Keys:
             log.info("keys_read", path=str(self._path), fingerprints=[fingerprint(key) for key in found])
         self._good = good
         self._issues.clear("serving-keys")
-
-    async def follow(self) -> None:
-        """Reads it again whenever it has changed, until it is cancelled."""
-        while True:
-            await asyncio.sleep(EVERY)
-            try:
-                await self.refresh()
-            except Exception as fault:  # our own mistake: the keys stay as they are, and it is told
-                log.exception("keys_not_read")
-                self._issues.fault("serving-keys-fault", fault)
 
     async def refresh(self) -> None:
         """Reads it again if it is another one."""

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Coroutine, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import structlog
 
 from agent.config import ServingConfig
 from agent.errors import SlotdError, Unavailable
 from agent.health.issues import Issues
-from agent.serving import endpoint, health, kserve, reflection, tfserving
+from agent.serving import endpoint, health, keys, kserve, reflection, tfserving
 from agent.serving.dataplane import Dataplane
 from agent.serving.exchange import Exchange
+from agent.serving.follow import follow
 from agent.serving.h2.connection import Connection, Shared
 from agent.serving.h2.messages import Room
-from agent.serving.keys import Keys
 from agent.serving.parse import Parser
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class GrpcServer:
 
     def __init__(self, config: ServingConfig, run_dir: Path, dataplane: Dataplane, issues: Issues) -> None:
         self._config = config
-        self._keys = Keys(config.keys, issues) if config.keys is not None else None
+        self._keys = keys.Keys(config.keys, issues) if config.keys is not None else None
         self._socket_path = config.grpc.socket or run_dir / "grpc.sock"
         self._dataplane = dataplane
         self._parser = Parser(config.grpc.max_message)
@@ -91,9 +92,10 @@ class GrpcServer:
         grace = self._config.grace if grace is None else grace
         closing = []
         if self._shared is not None:
-            closing.append(self._close(self._shared, grace))
+            shared = self._shared
+            closing.append(close_all(shared.connections, lambda: not shared.connections, grace))
         if self._http is not None:
-            closing.append(self._http.close(grace, CLOSING))
+            closing.append(self._http.close(grace))
         await asyncio.gather(*closing)
         for task in self._tasks:
             task.cancel()
@@ -132,26 +134,16 @@ class GrpcServer:
             config.http.listen, handed, self._issues, opened, tls=self._tls, anywhere=self._anywhere()
         )
         await self._http.open()
-        self._tasks.append(asyncio.create_task(self._http.run(), name="http-connections"))
-
-    async def _close(self, shared: Shared, grace: float) -> None:
-        for connection in tuple(shared.connections):
-            connection.drain()
-        await until(lambda: not shared.connections, grace)
-        for connection in tuple(shared.connections):
-            connection.cut_short(Unavailable("slotd is stopping", hint="try again in a moment"))
-        await until(lambda: not shared.connections, CLOSING)
-        for connection in tuple(shared.connections):
-            connection.abort()
-        await until(lambda: not shared.connections, CLOSING)
+        self._spawn(self._http.run(), "http-connections")
 
     async def _start(self) -> list[str]:
         config = self._config.grpc
         if self._config.tls.certificate is not None:
-            from agent.serving.tls import Tls
+            from agent.serving import tls
 
-            self._tls = Tls(self._config.tls, self._issues)
+            self._tls = tls.Tls(self._config.tls, self._issues)
             await self._tls.load()
+            self._spawn(follow(self._tls.refresh, tls.EVERY, "serving-tls", self._issues), "certificate")
         tcp = None
         if config.listen:
             tcp = await asyncio.to_thread(
@@ -176,11 +168,9 @@ class GrpcServer:
             max_calls=max(self._config.max_queue, LARGER_QUEUE) + 2 * config.max_streams,
             guard=self._keys.check if self._keys is not None else None,
         )
-        self._tasks.append(asyncio.create_task(self._tick(self._shared), name="connections"))
+        self._spawn(self._tick(self._shared), "connections")
         if self._keys is not None:
-            self._tasks.append(asyncio.create_task(self._keys.follow(), name="keys"))
-        if self._tls is not None:
-            self._tasks.append(asyncio.create_task(self._tls.follow(), name="certificate"))
+            self._spawn(follow(self._keys.refresh, keys.EVERY, "serving-keys", self._issues), "keys")
         addresses = []
         if tcp is not None:
             addresses.append(await self._bind_tcp(*tcp))
@@ -190,6 +180,9 @@ class GrpcServer:
         addresses.append(f"unix:{self._socket_path}")
         log.info("listening", addresses=addresses)
         return addresses
+
+    def _spawn(self, work: Coroutine[None, None, None], name: str) -> None:
+        self._tasks.append(asyncio.create_task(work, name=name))
 
     def _anywhere(self) -> bool:
         """Whether other hosts may reach the ports: what they send is sealed, and they say who they are."""
@@ -217,25 +210,50 @@ class GrpcServer:
         return f"{literal}:{listener.getsockname()[1]}"
 
     async def _serve(self, listener: socket.socket) -> None:
-        shared, count = self._shared, 0
+        shared, places = self._shared, Places()
         assert shared is not None
-
-        def admitted() -> bool:
-            nonlocal count
-            if count >= MAX_CONNECTIONS:
-                return False
-            count += 1
-            return True
-
-        def gone() -> None:
-            nonlocal count
-            count -= 1
-
         loop = asyncio.get_running_loop()
         make = loop.create_unix_server if listener.family == socket.AF_UNIX else loop.create_server
         sealed = sealing(self._tls, "h2") if listener.family != socket.AF_UNIX else {}
-        server = await make(lambda: Connection(shared, admitted, gone), sock=listener, backlog=BACKLOG, **sealed)
+        made = partial(Connection, shared, places.take, places.give)
+        server = await make(made, sock=listener, backlog=BACKLOG, **sealed)
         self._servers.append(server)
+
+
+class Places:
+    """As many connections as one address has."""
+
+    def __init__(self) -> None:
+        self._free = MAX_CONNECTIONS
+
+    def take(self) -> bool:
+        """Whether there was one left."""
+        if not self._free:
+            return False
+        self._free -= 1
+        return True
+
+    def give(self) -> None:
+        self._free += 1
+
+
+class _Closable(Protocol):
+    def drain(self) -> None: ...
+    def cut_short(self, error: SlotdError) -> None: ...
+    def abort(self) -> None: ...
+
+
+async def close_all(connections: Collection[_Closable], ended: Callable[[], bool], grace: float) -> None:
+    """Nothing new is taken; what is in hand has `grace` seconds until it has `ended`, then it ends with UNAVAILABLE."""
+    for connection in tuple(connections):
+        connection.drain()
+    await until(ended, grace)
+    for connection in tuple(connections):
+        connection.cut_short(Unavailable("slotd is stopping", hint="try again in a moment"))
+    await until(lambda: not connections, CLOSING)
+    for connection in tuple(connections):
+        connection.abort()
+    await until(lambda: not connections, CLOSING)
 
 
 def sealing(tls: Tls | None, protocol: str) -> dict[str, Any]:

@@ -34,7 +34,7 @@ _Mark = tuple[tuple[int, ...] | None, ...]
 
 
 class Tls:
-    """`load` first, which raises; then `context` for each port, and `follow` for what becomes of the files."""
+    """`load` first, which raises; then `context` for each port, and `refresh` every EVERY seconds."""
 
     def __init__(self, config: TlsConfig, issues: Issues) -> None:
         self._config = config
@@ -57,16 +57,6 @@ class Tls:
 
         context.sni_callback = newest  # called for each client, whether or not it names a server
         return context
-
-    async def follow(self) -> None:
-        """Until it is cancelled."""
-        while True:
-            await asyncio.sleep(EVERY)
-            try:
-                await self.refresh()
-            except Exception as fault:  # our own mistake: the certificate stays as it is, and it is told
-                log.exception("certificate_not_read")
-                self._issues.fault("serving-tls-fault", fault)
 
     async def refresh(self) -> None:
         """Reads the files again if they are others."""

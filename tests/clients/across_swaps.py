@@ -10,6 +10,13 @@ from typing import Any
 from support.host import Host
 
 SWAPS = 4
+ROOT = Path(__file__).parents[2]
+
+
+def environment(mark: str) -> str:
+    """The Python of the environment that make leaves this mark in once it is whole; empty if there is none."""
+    path = ROOT / mark
+    return str(path.parent / "bin" / "python") if path.exists() else ""
 
 
 def watch(python: str, program: Path, folder: Path, *, over: str = "grpc") -> dict[str, Any]:

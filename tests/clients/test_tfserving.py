@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
-from clients.across_swaps import watch
+from clients.across_swaps import environment, watch
 
-PYTHON = os.environ.get("SLOTD_TENSORFLOW_SERVING", "")
+PYTHON = environment(".venv-tensorflow/.serving")
 PROGRAM = Path(__file__).with_name("tfserving_program.py")
 pytestmark = [
     pytest.mark.clients,
     pytest.mark.skipif(
         not PYTHON,
-        reason="SLOTD_TENSORFLOW_SERVING names no Python with tensorflow-serving-api (make test-clients)",
+        reason="there is no Python with tensorflow-serving-api: make test-clients",
     ),
 ]
 ANSWER = [[1.0, 3.0, 5.0, 7.0], [9.0, 11.0, 13.0, 15.0]]

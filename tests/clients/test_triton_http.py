@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
-from clients.across_swaps import watch
+from clients.across_swaps import environment, watch
 
-PYTHON = os.environ.get("SLOTD_CLIENTS", "")
+PYTHON = environment(".venv-clients/.installed")
 PROGRAM = Path(__file__).with_name("triton_http_program.py")
 pytestmark = [
     pytest.mark.alone,  # one host and one client for all of these, not one for each of the processes that run tests
-    pytest.mark.skipif(not PYTHON, reason="SLOTD_CLIENTS names no Python with tritonclient; make test does"),
+    pytest.mark.skipif(not PYTHON, reason="there is no Python with tritonclient: make .venv-clients/.installed"),
 ]
 ANSWER = [[1.0, 3.0, 5.0, 7.0], [9.0, 11.0, 13.0, 15.0]]
 

@@ -19,8 +19,7 @@ from hypothesis.extra import numpy as hnp
 from agent.errors import InvalidInput, SlotdError, Unimplemented
 from agent.model.signature import DType, Strings, Tensor, TensorSpec
 from agent.serving.jsonrequests import (
-    PLAIN_HEAD,
-    TooLarge,
+    SMALL,
     infer_context,
     predict_context,
     read_infer_json,
@@ -28,7 +27,7 @@ from agent.serving.jsonrequests import (
     read_predict_json,
 )
 from agent.serving.jsontensors import read_json, read_tensor, write_tensor
-from agent.serving.tensorproto import MAX_NAME, MAX_OUTPUTS, MAX_STRINGS, MAX_TENSORS, Parsed
+from agent.serving.tensorproto import MAX_NAME, MAX_OUTPUTS, MAX_STRINGS, MAX_TENSORS, Parsed, TooLarge
 
 MOST = 4 << 20
 F, N, B, S = DType.FLOAT32, DType.INT32, DType.BOOL, DType.STRING
@@ -371,10 +370,10 @@ def test_what_is_not_read_at_once() -> None:
     assert plain(raw(8), behind=bytes(8)) is not None
     assert plain(one()) is None
     assert plain(raw(8), one(name="y"), behind=bytes(8)) is None, "JSON beside it"
-    assert plain(raw(8), behind=bytes(8), id="a" * PLAIN_HEAD) is None, "a large document"
+    assert plain(raw(8), behind=bytes(8), id="a" * SMALL) is None, "a large document"
     assert plain(raw(8), behind=bytes(8), most=7) is None
     assert plain(raw(8), behind=bytes(9)) is None
-    long = PLAIN_HEAD + 1
+    long = SMALL + 1
     assert plain(raw(long, datatype="BOOL", shape=[long]), behind=bytes(long)) is None, "each byte is looked at"
 
 

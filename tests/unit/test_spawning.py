@@ -120,12 +120,12 @@ def test_nobody_waits_for_the_child_to_begin(tmp_path: Path) -> None:
 async def test_one_that_is_cancelled_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
 
-    def slowly(*arguments: object, **named: object) -> spawning.Child:
-        child = spawn(*arguments, **named)  # type: ignore[arg-type]
-        made.append(child.pid)
-        return child
+    class Noted(spawning.Child):
+        def __init__(self, pid: int) -> None:
+            super().__init__(pid)
+            made.append(pid)
 
-    monkeypatch.setattr(spawning, "spawn", slowly)
+    monkeypatch.setattr(spawning, "Child", Noted)
     starting = asyncio.create_task(start(["/bin/sleep", "60"], env={}))
     await asyncio.sleep(0)
     starting.cancel()

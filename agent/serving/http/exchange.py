@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from functools import partial
 
 from agent.errors import DeadlineExceeded, InvalidInput, Unimplemented
 from agent.executor.seat import Seat
@@ -16,7 +17,7 @@ from agent.serving.binding import ModelFields
 from agent.serving.dataplane import Answer, Dataplane
 from agent.serving.dataplane import Request as Wanted
 from agent.serving.encode import put_together
-from agent.serving.exchange import priority_of, served
+from agent.serving.exchange import priority_of, provenance, served, written
 from agent.serving.forms import Form
 from agent.serving.h2.messages import Room, in_turn, unpack
 from agent.serving.handover import write_all
@@ -90,12 +91,8 @@ class Exchange:
             answer = await self._dataplane.predict(wanted)
         finally:
             self._room.give(held)
-        told = (
-            ("slotd-served-by", answer.served_by),
-            ("slotd-model-digest", answer.digest),
-            ("slotd-model-version", str(answer.version)),
-        )
-        response = await self._encoded(answer, parsed, encode)
+        told = provenance(answer)
+        response = await written(answer, partial(self._response, encode, answer, parsed), slow=_slow(answer, parsed))
         response.headers += told
         return response
 
@@ -108,16 +105,7 @@ class Exchange:
             raise Unimplemented(f"is {encoding[:50]!r}", field="content-encoding", hint="use gzip, deflate or none")
         return await in_turn(self._unpacking, None, unpack, request.body, encoding, self._most)
 
-    async def _encoded(self, answer: Answer, parsed: Parsed, encode: Encode) -> Response:
-        if not _slow(answer, parsed):
-            with answer:
-                return self._written(encode, answer, parsed)
-        encoding = asyncio.get_running_loop().run_in_executor(None, self._written, encode, answer, parsed)
-        # Not `with`: a caller that is cancelled must not release what the thread still reads.
-        encoding.add_done_callback(lambda _: answer.release())
-        return await asyncio.shield(encoding)
-
-    def _written(self, encode: Encode, answer: Answer, parsed: Parsed) -> Response:
+    def _response(self, encode: Encode, answer: Answer, parsed: Parsed) -> Response:
         """In one piece; a large one is put together without Python's lock."""
         response = encode(answer, parsed)
         response.body = (put_together(list(response.body), 4 * self._most),)  # as text it has several times its bytes
@@ -142,22 +130,20 @@ def _copied(body: memoryview) -> bytes:
 
 def _slow(answer: Answer, parsed: Parsed) -> bool:
     """Whether it takes more than a millisecond to write it."""
-    size = text = elements = strings = rows = 0
+    size = text = elements = strings = lists = 0
     for name, tensor in answer.outputs.items():
         size += tensor.nbytes
-        if isinstance(tensor, Strings):
-            text += tensor.nbytes
-        elif parsed.binary.get(name, parsed.binary.get("", False)):
+        if not isinstance(tensor, Strings) and parsed.binary.get(name, parsed.binary.get("", False)):
             continue
         # A list of nothing is something, and each list takes a step of its own.
-        lists = math.prod(max(1, length) for length in tensor.shape[:-1])
-        count = lists * max(1, tensor.shape[-1] if tensor.shape else 1)
-        rows += lists
+        inner = math.prod(max(1, length) for length in tensor.shape[:-1])
+        count = inner * max(1, tensor.shape[-1] if tensor.shape else 1)
+        lists += inner
         if isinstance(tensor, Strings):
-            strings += count
+            strings, text = strings + count, text + tensor.nbytes
         else:
             elements += count
-    return size > LARGE or text > _FEW_BYTES or elements > _FEW_ELEMENTS or max(strings, rows) > _FEW
+    return size > LARGE or text > _FEW_BYTES or elements > _FEW_ELEMENTS or max(strings, lists) > _FEW
 
 
 def _timeout(request: Request) -> float | None:

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from agent.errors import SlotdError, Unavailable
+from agent.errors import SlotdError
 from agent.health.issues import Issues
 from agent.serving import endpoint
 from agent.serving.http.connection import Connection, Shared
 from agent.serving.http.messages import Answer, Request, Response
-from agent.serving.listen import BACKLOG, MAX_CONNECTIONS, bound, sealing, until
+from agent.serving.listen import BACKLOG, Places, bound, close_all, sealing
 
 if TYPE_CHECKING:
     from agent.serving.tls import Tls
@@ -64,20 +64,10 @@ class HttpServer:
             self._issues.raise_(ISSUE, "error", f"HTTP is not served: {error}", error.hint)
             return
         self._issues.clear(ISSUE)
-        shared, count = self._shared, Counter[str]()
-
-        def admitted() -> bool:
-            if count["open"] >= MAX_CONNECTIONS:
-                return False
-            count["open"] += 1
-            return True
-
-        def gone() -> None:
-            count["open"] -= 1
-
+        shared, places = self._shared, Places()
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(
-            lambda: Connection(shared, admitted, gone),
+            lambda: Connection(shared, places.take, places.give),
             sock=listener,
             backlog=BACKLOG,
             **sealing(self._tls, "http/1.1"),
@@ -101,21 +91,15 @@ class HttpServer:
                 log.exception("http_fault")
                 self._issues.fault("http", fault)
 
-    async def close(self, grace: float, closing: float) -> None:
+    async def close(self, grace: float) -> None:
         """Requests in hand get `grace` seconds, then they end with UNAVAILABLE."""
         shared = self._shared
         shared.draining = True
         if self._server is not None:
             self._server.close()
-        for connection in tuple(shared.connections):
-            connection.drain()
-        await until(lambda: all(connection.answered for connection in shared.connections), grace)
-        for connection in tuple(shared.connections):
-            connection.cut_short(Unavailable("slotd is stopping", hint="try again in a moment"))
-        await until(lambda: not shared.connections, closing)
-        for connection in tuple(shared.connections):
-            connection.abort()
-        await until(lambda: not shared.connections, closing)
+        await close_all(
+            shared.connections, lambda: all(connection.answered for connection in shared.connections), grace
+        )
 
 
 class Counted:
